@@ -1,0 +1,64 @@
+"""Backends by name; each library is imported only when its backend is opened."""
+
+import importlib.util
+
+from ddsm_engine.backends.engine import Engine, EngineOptions
+from ddsm_engine.bundle import Bundle, Variant
+from ddsm_engine.errors import BackendError
+
+BACKENDS = ("openvino", "onnxruntime", "torch")
+"""In the order ``auto`` prefers them."""
+
+INSTALL = {
+    "openvino": "pip install 'ddsm-engine[cpu]'",
+    "onnxruntime": "pip install 'ddsm-engine[cpu]'",
+    "torch": "pip install 'ddsm-engine[export]'",
+}
+
+
+def installed_backends() -> tuple[str, ...]:
+    """The backends whose library is installed, preferred first."""
+    return tuple(name for name in BACKENDS if importlib.util.find_spec(name) is not None)
+
+
+def choose_backend(name: str, device: str) -> str:
+    """Resolve ``auto`` and check that the library is there.
+
+    Raises:
+        BackendError: an unknown name, or nothing installed that could run.
+    """
+    if name == "auto":
+        # OpenVINO is the fastest on a CPU; on a GPU only the others apply.
+        usable = [b for b in installed_backends() if device == "cpu" or b != "openvino"]
+        if not usable:
+            raise BackendError(f"no backend is installed for device {device}: {INSTALL['onnxruntime']}")
+        return usable[0]
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
+    if name not in installed_backends():
+        raise BackendError(f"the backend {name} is not installed: {INSTALL[name]}")
+    return name
+
+
+def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions) -> Engine:
+    """Open one variant for one batch size; its file is verified first.
+
+    Raises:
+        BackendError: the backend, device or precision is not there, or the artefact does not load.
+        BundleError: the artefact is damaged.
+    """
+    match name:
+        case "openvino":
+            from ddsm_engine.backends.openvino import OpenVINOEngine
+
+            shapes = {tensor.name: tensor.at_batch(batch) for tensor in variant.inputs}
+            return OpenVINOEngine(bundle.artefact(variant), shapes, options)
+        case "onnxruntime":
+            from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
+
+            return OnnxRuntimeEngine(bundle.artefact(variant), options)
+        case "torch":
+            from ddsm_engine.backends.torch import TorchEngine, network_from_weights
+
+            return TorchEngine(network_from_weights(bundle.weights(), bundle.manifest.spec, variant.width), options)
+    raise BackendError(f"unknown backend {name!r}; expected {', '.join(BACKENDS)}")

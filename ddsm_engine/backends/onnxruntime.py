@@ -1,0 +1,78 @@
+"""ONNX Runtime: the same ONNX files on a CPU, or on CUDA where the GPU build is installed."""
+
+from pathlib import Path
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from ddsm_engine.backends.engine import Arrays, EngineOptions
+from ddsm_engine.errors import BackendError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+class OnnxRuntimeEngine:
+    """One ONNX file in one session, reading and writing bound host buffers."""
+
+    precision = "fp32"
+
+    def __init__(self, model: Path, options: EngineOptions) -> None:
+        """Open a session.
+
+        Raises:
+            BackendError: the device is not there, the file does not load, or the precision is not offered.
+        """
+        if options.precision == "bf16":
+            raise BackendError("ONNX Runtime has no bf16 arithmetic here; use --precision fp32 or --backend openvino")
+        provider = PROVIDERS.get(options.device)
+        if provider is None or provider not in ort.get_available_providers():
+            raise BackendError(
+                f"ONNX Runtime offers no device {options.device!r} here (providers: "
+                f"{', '.join(ort.get_available_providers())}); for CUDA: pip uninstall onnxruntime && "
+                f"pip install 'ddsm-engine[gpu]'; otherwise --device cpu"
+            )
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        settings.log_severity_level = 3
+        # A provider that cannot start would otherwise be replaced by the CPU without a word.
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1" if options.device != "cpu" else "0")
+        try:
+            self._session = ort.InferenceSession(model, settings, providers=[provider])
+        except LOAD_ERRORS as error:
+            raise BackendError(f"ONNX Runtime cannot open {model}: {' '.join(str(error).split())}") from error
+        if provider not in self._session.get_providers():
+            raise BackendError(f"ONNX Runtime fell back from {provider} to {self._session.get_providers()} for {model}")
+        self._binding = self._session.io_binding()
+        self._bound: list[ort.OrtValue] = []
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> None:
+        """Use these arrays from now on."""
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._bound = [ort.OrtValue.ortvalue_from_numpy(array) for array in [*inputs.values(), *outputs.values()]]
+        for name, value in zip(inputs, self._bound, strict=False):
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in zip(outputs, self._bound[len(inputs) :], strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        """One forward pass."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except LOAD_ERRORS as error:
+            raise BackendError(f"ONNX Runtime failed in a call: {' '.join(str(error).split())}") from error
+
+    def close(self) -> None:
+        """Release the session."""
+        self._bound.clear()
+        del self._binding, self._session

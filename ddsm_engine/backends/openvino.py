@@ -1,0 +1,78 @@
+"""OpenVINO: the default on a CPU; computes in bf16 where the CPU has matrix tiles for it."""
+
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from ddsm_engine.backends.engine import Arrays, EngineOptions
+from ddsm_engine.errors import BackendError
+
+PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
+
+_core: ov.Core | None = None
+
+
+def core() -> ov.Core:
+    """The process's one OpenVINO core."""
+    global _core  # noqa: PLW0603 - plugins are loaded once a process
+    if _core is None:
+        _core = ov.Core()
+    return _core
+
+
+class OpenVINOEngine:
+    """One ONNX file compiled for one batch size, reading and writing bound host buffers."""
+
+    def __init__(self, model: Path, shapes: dict[str, tuple[int, ...]], options: EngineOptions) -> None:
+        """Compile.
+
+        Args:
+            model: The ONNX file.
+            shapes: Every input's shape at the batch size to compile for; a static shape runs faster than a dynamic one.
+            options: Device, precision and threads.
+
+        Raises:
+            BackendError: the device or precision is not there, or the file does not compile.
+        """
+        if options.device != "cpu":
+            raise BackendError(f"the openvino backend runs on the CPU, found --device {options.device}; use onnxruntime")
+        capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.precision = options.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if "BF16" in capabilities else "fp32"
+        if self.precision == "bf16" and "BF16" not in capabilities:
+            raise BackendError(f"this CPU has no bf16 arithmetic (it has {', '.join(capabilities)}); --precision fp32")
+        config: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": PRECISIONS[self.precision],
+        }
+        if options.threads:
+            config["INFERENCE_NUM_THREADS"] = options.threads
+        try:
+            network = core().read_model(model)
+            network.reshape({name: list(shape) for name, shape in shapes.items()})
+            self._request = core().compile_model(network, "CPU", config).create_infer_request()
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot open {model}: {' '.join(str(error).split())[:300]}") from error
+        self._bound: list[ov.Tensor] = []
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> None:
+        """Use these arrays from now on."""
+        self._bound = [ov.Tensor(array, shared_memory=True) for array in [*inputs.values(), *outputs.values()]]
+        for name, tensor in zip([*inputs, *outputs], self._bound, strict=True):
+            self._request.set_tensor(name, tensor)
+
+    def run(self) -> None:
+        """One forward pass."""
+        try:
+            self._request.start_async()
+            self._request.wait()
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed in a call: {' '.join(str(error).split())[:300]}") from error
+
+    def close(self) -> None:
+        """Release the compiled network."""
+        self._bound.clear()
+        del self._request

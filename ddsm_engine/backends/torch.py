@@ -1,0 +1,65 @@
+"""PyTorch as written: the reference every other backend is compared with, cut from the bundle's own weights."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ddsm_engine.backends.engine import Arrays, EngineOptions
+from ddsm_engine.errors import BackendError
+from ddsm_engine.networks.slicing import subnetwork
+from ddsm_engine.networks.unet import UNet
+from ddsm_engine.spec import UNetSpec
+
+
+def network_from_weights(weights: Path, spec: UNetSpec, width: int) -> UNet:
+    """Cut one sub-network from a bundle's weights.
+
+    Raises:
+        BackendError: the file cannot be read.
+    """
+    try:
+        return subnetwork(spec, load_file(weights), width)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise BackendError(f"{weights} cannot be read as this supernet's weights: {error}") from error
+
+
+class TorchEngine:
+    """One static sub-network, eager, in fp32."""
+
+    precision = "fp32"
+
+    def __init__(self, network: UNet, options: EngineOptions) -> None:
+        """Take over a sub-network.
+
+        Raises:
+            BackendError: the device or precision is not there.
+        """
+        if options.precision == "bf16":
+            raise BackendError("the torch backend is the fp32 reference; use --backend openvino for bf16")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise BackendError("torch sees no CUDA device here; use --device cpu")
+        if options.device not in ("cpu", "cuda"):
+            raise BackendError(f"the torch backend runs on cpu or cuda, found --device {options.device}")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.device = torch.device(options.device)
+        self._network = network.to(self.device)
+        self._inputs: list[torch.Tensor] = []
+        self._output = torch.empty(0)
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> None:
+        """Use these arrays from now on."""
+        self._inputs = [torch.from_numpy(inputs[name]) for name in ("sample", "time_features")]
+        self._output = torch.from_numpy(outputs["out_sample"])
+
+    def run(self) -> None:
+        """One forward pass."""
+        with torch.inference_mode():
+            self._output.copy_(self._network(*(tensor.to(self.device) for tensor in self._inputs)))
+
+    def close(self) -> None:
+        """Release the weights."""
+        self._inputs.clear()
+        del self._network

@@ -1,0 +1,64 @@
+"""The umbrella command ``ddsm``, and what every command shares: one line and exit 1 for a refusal."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points, version
+
+from ddsm_engine.errors import DdsmError
+
+GROUP = "ddsm.verbs"
+
+EXTRAS = {
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "matplotlib": "export",
+    "openvino": "cpu",
+    "onnxruntime": "cpu",
+}
+"""Library → the extra that installs it."""
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; turn a refusal into one line on stderr and 1. Anything else is a bug and keeps its traceback."""
+    try:
+        command()
+    except (DdsmError, OSError, MemoryError) as error:
+        return refuse(" ".join(str(error).split()) or type(error).__name__)
+    except KeyboardInterrupt:
+        return refuse("interrupted; what was finished is kept")
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        return refuse(f"{library} is not installed: pip install 'ddsm-engine[{EXTRAS[library]}]'")
+    return 0
+
+
+def refuse(message: str) -> int:
+    """Print one line on stderr; returns the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ddsm VERB …``: find the verb among the installed ones and hand over."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if arguments[:1] == ["--version"]:
+        print(version("ddsm-engine"))
+        return 0
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(f"usage: ddsm VERB …\n\nverbs: {', '.join(sorted(verbs))}\n\nddsm VERB --help explains one.")
+        return 0 if arguments else 2
+    verb = verbs.get(arguments[0])
+    if verb is None:
+        print(f"ddsm: unknown verb {arguments[0]!r}; expected one of: {', '.join(sorted(verbs))}", file=sys.stderr)
+        return 2
+    loaded: list[Callable[[Sequence[str]], int]] = []
+    code = guarded(lambda: loaded.append(verb.load()))
+    return code or loaded[0](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

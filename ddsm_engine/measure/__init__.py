@@ -1,0 +1,1 @@
+"""How milliseconds are measured, everywhere in the project."""

@@ -1,0 +1,199 @@
+"""The static U-Net of one width: an ordinary network that knows nothing of the supernet it was cut from.
+
+The topology is pytorch-ddpm's (Ho et al. 2020, appendix B) as DDSM slims it: the shortcut of a residual block exists
+where the *full* width changes channels, and the number of groups is the same at every width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddsm_engine.spec import UNetSpec
+
+NORM_EPS = 1e-5
+
+
+def swish(x: Tensor) -> Tensor:
+    """x · sigmoid(x), written as the published network computes it: ``F.silu`` rounds differently."""
+    return x * torch.sigmoid(x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels, scaled by the square root of the sliced channels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.scale = channels**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W], the input added."""
+        h = self.norm(x)
+        q, k, v = self.q(h).flatten(2), self.k(h).flatten(2), self.v(h).flatten(2)  # [B, C, pixels]
+        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * self.scale, dim=-1)  # [B, queries, keys]
+        attended = torch.bmm(weights, v.transpose(1, 2))  # [B, queries, C]
+        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around the addition of the time projection, then attention where the level has it."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, time_dim: int, groups: int, dropout: float, *, attention: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.attention = Attention(channels_out, groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, time_projection: Tensor) -> Tensor:
+        """[B, C_in, H, W] and the block's own time projection [B, C_out] → [B, C_out, H, W]."""
+        h = self.conv1(swish(self.norm1(x))) + time_projection[:, :, None, None]
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        return self.attention(h + self.shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halve the image with a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H/2, W/2]."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double the image by repeating pixels, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TimeEmbedding(nn.Module):
+    """From a row of the time table to the vector that every residual block projects."""
+
+    def __init__(self, features: int, dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(features, dim)
+        self.linear2 = nn.Linear(dim, dim)
+
+    def forward(self, time_features: Tensor) -> Tensor:
+        """[B, features] → [B, dim]; the activation that precedes every projection is applied once, here."""
+        return swish(self.linear2(swish(self.linear1(time_features))))
+
+
+class Tail(nn.Module):
+    """The output convolution, which no width slices on its outputs."""
+
+    def __init__(self, channels: int, channels_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.conv = nn.Conv2d(channels, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, channels_out, H, W]."""
+        return self.conv(swish(self.norm(x)))
+
+
+class UNet(nn.Module):
+    """The network of ``spec`` at one ``width``: predicts the noise in a batch of samples.
+
+    Raises:
+        SpecError: the width cannot be cut from the spec.
+    """
+
+    def __init__(self, spec: UNetSpec, width: int) -> None:
+        super().__init__()
+        spec.check_width(width)
+        self.spec, self.width = spec, width
+        time_dim = spec.linear_channels(spec.time_dim, width)
+
+        def block(channels_in: int, channels_out: int, *, attention: bool) -> ResidualBlock:
+            return ResidualBlock(channels_in, channels_out, time_dim, spec.groups, spec.dropout, attention=attention)
+
+        channels = spec.conv_channels(spec.base_channels, width)
+        self.time = TimeEmbedding(spec.time_features, time_dim)
+        self.head = nn.Conv2d(spec.channels, channels, 3, padding=1)
+        skips = [channels]
+        self.down = nn.ModuleList()
+        last = len(spec.channel_mults) - 1
+        for level, mult in enumerate(spec.channel_mults):
+            level_channels = spec.conv_channels(spec.base_channels * mult, width)
+            for _ in range(spec.num_res_blocks):
+                self.down.append(block(channels, level_channels, attention=level in spec.attention_levels))
+                channels = level_channels
+                skips.append(channels)
+            if level != last:
+                self.down.append(Downsample(channels))
+                skips.append(channels)
+        self.middle = nn.ModuleList(
+            [block(channels, channels, attention=True), block(channels, channels, attention=False)]
+        )
+        self.up = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(spec.channel_mults))):
+            level_channels = spec.conv_channels(spec.base_channels * mult, width)
+            for _ in range(spec.num_res_blocks + 1):
+                attention = level in spec.attention_levels
+                self.up.append(block(channels + skips.pop(), level_channels, attention=attention))
+                channels = level_channels
+            if level != 0:
+                self.up.append(Upsample(channels))
+        self.tail = Tail(channels, spec.channels, spec.groups)
+
+    def residual_blocks(self) -> list[ResidualBlock]:
+        """The residual blocks in the order in which they run."""
+        return [block for block in [*self.down, *self.middle, *self.up] if isinstance(block, ResidualBlock)]
+
+    def project_time(self, time_features: Tensor) -> list[Tensor]:
+        """[B, time_features] → one [B, C_out] per residual block, in running order."""
+        embedding = self.time(time_features)
+        return [block.time(embedding) for block in self.residual_blocks()]
+
+    def denoise(self, sample: Tensor, time_projections: list[Tensor]) -> Tensor:
+        """Predict the noise from a batch and the projections that ``project_time`` makes."""
+        projections = iter(time_projections)
+        h = self.head(sample)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, next(projections)) if isinstance(layer, ResidualBlock) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, next(projections))
+        for layer in self.up:
+            # The skip is appended behind the running channels, and a narrow width keeps the *leading* channels of the
+            # trained weight: columns that belong to the running channels at full width here meet the skip. That is
+            # how DDSM trains, so it is how the weights must be read.
+            if isinstance(layer, ResidualBlock):
+                h = layer(torch.cat([h, skips.pop()], dim=1), next(projections))
+            else:
+                h = layer(h)
+        return self.tail(h)
+
+    def forward(self, sample: Tensor, time_features: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            sample: [B, C, H, W], float32.
+            time_features: [B, time_features], rows of the time table (``ddsm_engine.time_table``).
+
+        Returns:
+            [B, C, H, W], the predicted noise.
+        """
+        return self.denoise(sample, self.project_time(time_features))

@@ -1,0 +1,84 @@
+"""The noise schedule a supernet was trained with."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddsm_engine.errors import SamplerError
+
+VarianceType = Literal["fixed_large", "fixed_small"]
+VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_large", "fixed_small")
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSchedule:
+    """A linear noise schedule (Ho et al. 2020, section 4) and the variance its sampler was published with.
+
+    Attributes:
+        beta_start: β of timestep 0, the clean end.
+        beta_end: β of the last timestep.
+        timesteps: Number of training timesteps.
+        variance_type: Reverse-process variance of DDPM; ``fixed_large`` is β, ``fixed_small`` the posterior's.
+    """
+
+    beta_start: float
+    beta_end: float
+    timesteps: int
+    variance_type: VarianceType = "fixed_large"
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule that cannot be sampled."""
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise SamplerError(f"betas must satisfy 0 < start ≤ end < 1, found {self.beta_start} … {self.beta_end}")
+        if not 2 <= self.timesteps <= 1 << 16:
+            raise SamplerError(f"timesteps must be from 2 to 65536, found {self.timesteps}")
+        if self.variance_type not in VARIANCE_TYPES:
+            raise SamplerError(f"variance_type must be one of {VARIANCE_TYPES}, found {self.variance_type!r}")
+
+    @property
+    def betas(self) -> NDArray[np.float64]:
+        """β_t as published: spaced in float32, then widened (a float64 spacing differs by 1e-7)."""
+        return _float32_linspace(self.beta_start, self.beta_end, self.timesteps).astype(np.float64)
+
+    @property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """ᾱ_t, float64, length ``timesteps``; index 0 is the clean end."""
+        return np.cumprod(1.0 - self.betas)
+
+    def to_json(self) -> dict[str, Any]:
+        """The schedule as JSON values."""
+        return {
+            "type": "linear",
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "timesteps": self.timesteps,
+            "variance_type": self.variance_type,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> "NoiseSchedule":
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            SamplerError: a missing, unknown or impossible value.
+        """
+        names = {"type", "beta_start", "beta_end", "timesteps", "variance_type"}
+        if not isinstance(data, dict) or set(data) != names or data["type"] != "linear":
+            raise SamplerError(f"a noise schedule must be a linear one with {sorted(names)}, found {data!r}"[:300])
+        start, end, timesteps = data["beta_start"], data["beta_end"], data["timesteps"]
+        if type(start) not in (int, float) or type(end) not in (int, float) or type(timesteps) is not int:
+            raise SamplerError(f"betas must be numbers and timesteps a whole number, found {start}, {end}, {timesteps}")
+        return cls(float(start), float(end), timesteps, data["variance_type"])
+
+
+def _float32_linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
+    """The float32 linspace of torch: it counts from the nearer end, with a float32 step and fused multiply-add."""
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    # float64 holds the product exactly and rounds the sum once: what a fused multiply-add does.
+    rising = (np.float64(first) + step * index).astype(np.float32)
+    falling = (np.float64(last) - step * (count - 1 - index)).astype(np.float32)
+    return np.where(index < count // 2, rising, falling)

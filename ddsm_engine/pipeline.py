@@ -1,0 +1,312 @@
+"""Bundle + strategy → images: the object a user holds."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddsm_engine.backends import choose_backend, open_engine
+from ddsm_engine.backends.engine import EngineOptions, Precision
+from ddsm_engine.bundle import MANIFEST, Bundle
+from ddsm_engine.errors import BackendError, SamplerError
+from ddsm_engine.noise import INITIAL, SeededNoise
+from ddsm_engine.plan import Plan, compile_plan
+from ddsm_engine.sampler import make_sampler
+from ddsm_engine.scheduler import OnCall, Scheduler
+from ddsm_engine.strategy import Strategy, parse_uniform
+from ddsm_engine.trace import Trace, TraceSegment, segments_from_clock
+
+Images = NDArray[np.float32]
+
+DEFAULT_BATCH = 16
+"""Images at a time when the caller does not say: past it, images per second hardly rise on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What a run returns.
+
+    Attributes:
+        images: float32 [N, C, H, W], clipped to [-1, 1].
+        x_final: float32 [N, C, H, W], the state after the last call, not clipped.
+        trace: What ran and how long it took.
+    """
+
+    images: Images
+    x_final: Images
+    trace: Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A finished batch of a run.
+
+    Attributes:
+        first_image: Number of its first image.
+        x_final: float32 [n, C, H, W], not clipped; padding is cut off.
+        segments: Its part of the trace.
+        latency_ms: Wall time.
+        engine_ms: Wall time inside the engines.
+    """
+
+    first_image: int
+    x_final: Images
+    segments: tuple[TraceSegment, ...]
+    latency_ms: float
+    engine_ms: float
+
+
+class Pipeline:
+    """Draws images from a bundle.
+
+    Engines stay open between calls, one per variant and batch size. A pipeline serves one thread at a time (its buffers
+    belong to the run in progress) and says so when two meet; open one per thread instead.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, options: EngineOptions) -> None:
+        self.bundle, self.backend, self.options = bundle, choose_backend(backend, options.device), options
+        self.open_ms = 0.0
+        self._schedulers: dict[int, Scheduler] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: Path | str,
+        *,
+        backend: str = "auto",
+        device: str = "cpu",
+        precision: Precision = "auto",
+        threads: int = 0,
+    ) -> "Pipeline":
+        """Open a bundle.
+
+        Args:
+            path: The bundle's folder.
+            backend: ``auto``, ``openvino``, ``onnxruntime`` or ``torch``.
+            device: ``cpu`` or ``cuda``; a device that is absent is refused, never replaced.
+            precision: ``auto`` takes bf16 where the CPU has matrix tiles for it, ``fp32`` is exact.
+            threads: Threads per engine; 0 leaves it to the backend.
+
+        Raises:
+            BundleError: no bundle, or a damaged one.
+            BackendError: a backend that is not installed.
+        """
+        options = EngineOptions(device=device, precision=precision, threads=threads)
+        return cls(Bundle.open(Path(path)), backend, options)
+
+    def strategy(self, text: str | Path) -> Strategy:
+        """Find a strategy: ``uniform:4/8``, the name of one in the bundle, or a file.
+
+        Raises:
+            StrategyError: unreadable.
+            BundleError: neither a file nor a name the bundle knows.
+        """
+        if str(text).startswith("uniform:"):
+            return parse_uniform(str(text), self.bundle.manifest.spec.timesteps)
+        path = Path(text)
+        return Strategy.load(path if path.is_file() else self.bundle.strategy_file(str(text)))
+
+    def plan(
+        self,
+        strategy: Strategy | str | Path,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        *,
+        eta: float | None = None,
+        clip_sample: float | None = None,
+    ) -> Plan:
+        """The calls that a run of these arguments makes; see ``__call__``."""
+        manifest = self.bundle.manifest
+        resolved = strategy if isinstance(strategy, Strategy) else self.strategy(strategy)
+        table = make_sampler(sampler, manifest.noise_schedule, steps, eta=eta, clip_sample=clip_sample)
+        return compile_plan(resolved, table, manifest.variants, self.bundle.time_table())
+
+    def __call__(
+        self,
+        strategy: Strategy | str | Path,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        *,
+        num_images: int = 1,
+        batch_size: int | None = None,
+        seed: int = 0,
+        eta: float | None = None,
+        clip_sample: float | None = None,
+        x_T: Images | None = None,  # noqa: N803 - the papers' letter
+        noise: Callable[[int], Images] | None = None,
+        callback: OnCall | None = None,
+    ) -> Result:
+        """Draw images.
+
+        Args:
+            strategy: A strategy, ``uniform:4/8``, the name of one in the bundle, or a file.
+            sampler: ``ddpm`` or ``ddim``.
+            steps: Steps of the sampler; None means all timesteps.
+            num_images: How many.
+            batch_size: How many at a time; a last partial batch is padded, so an image does not depend on it.
+            seed: Noise of image *i* of a seed is the same whatever the batch.
+            eta: DDIM's share of fresh noise.
+            clip_sample: Clip the predicted clean image to ± this; DDSM was published without.
+            x_T: Replaces the initial noise, [num_images, C, H, W].
+            noise: ``noise(i)`` replaces the noise of the i-th executed call, [num_images, C, H, W].
+            callback: ``callback(call, t, x)`` sees every batch's unclipped state after every call.
+
+        Raises:
+            DdsmError: an argument that does not fit the bundle, or a value that is not finite.
+        """
+        plan = self.plan(strategy, sampler, steps, eta=eta, clip_sample=clip_sample)
+        size = batch_size or min(num_images, DEFAULT_BATCH)
+        source = None
+        if x_T is not None or noise is not None:
+            source = _InjectedNoise(seed, x_T, noise, (num_images, *self.bundle.manifest.spec.sample_shape))
+        batches = list(
+            self.batches(plan, num_images=num_images, batch_size=size, seed=seed, callback=callback, source=source)
+        )
+        x_final = np.concatenate([batch.x_final for batch in batches])
+        return Result(np.clip(x_final, -1, 1), x_final, self.trace(batches, size))
+
+    def batches(
+        self,
+        plan: Plan,
+        *,
+        num_images: int,
+        batch_size: int,
+        seed: int = 0,
+        callback: OnCall | None = None,
+        source: "_InjectedNoise | None" = None,
+        skip: Callable[[range], bool] = lambda images: False,
+    ) -> Iterator[Batch]:
+        """Run a plan batch by batch; every variant of it is opened before the first call.
+
+        Args:
+            plan: See ``plan``.
+            num_images: How many in all.
+            batch_size: How many at a time.
+            seed: Of the noise.
+            callback: As in ``__call__``.
+            source: Injected noise, or None for the seed's.
+            skip: Asked with the numbers of a batch's images; True leaves it out.
+        """
+        if num_images < 1 or batch_size < 1:
+            raise SamplerError(f"expected at least one image and a batch of one, found {num_images} and {batch_size}")
+        seeded = SeededNoise(seed)
+        if not self._lock.acquire(blocking=False):
+            raise BackendError("this Pipeline is running in another thread; open one Pipeline per thread")
+        try:
+            scheduler = self._scheduler(plan, batch_size)
+            for number, first in enumerate(range(0, num_images, batch_size)):
+                count = min(batch_size, num_images - first)
+                if skip(range(first, first + count)):
+                    continue
+                started = time.perf_counter()
+                clock = scheduler.run(plan, (source or seeded).starting_at(first), callback)
+                latency_ms = (time.perf_counter() - started) * 1e3
+                engine_ms = float((clock[:, 1] - clock[:, 0]).sum()) / 1e6
+                segments = tuple(segments_from_clock(plan, number, clock))
+                yield Batch(first, scheduler.x[:count].copy(), segments, latency_ms, engine_ms)
+        finally:
+            self._lock.release()
+
+    def trace(self, batches: list[Batch], batch_size: int) -> Trace:
+        """The trace of finished batches."""
+        return Trace(
+            segments=tuple(segment for batch in batches for segment in batch.segments),
+            latency_ms=sum(batch.latency_ms for batch in batches),
+            engine_ms=sum(batch.engine_ms for batch in batches),
+            open_ms=self.open_ms,
+            images=sum(len(batch.x_final) for batch in batches),
+            batch_size=batch_size,
+            backend=self.backend,
+            precision=self.precision,
+        )
+
+    @property
+    def precision(self) -> str:
+        """What the open engines compute in; the requested precision while none is open."""
+        for scheduler in self._schedulers.values():
+            for engine in scheduler.engines.values():
+                return engine.precision
+        return self.options.precision
+
+    def _scheduler(self, plan: Plan, batch_size: int) -> Scheduler:
+        spec = self.bundle.manifest.spec
+        scheduler = self._schedulers.get(batch_size)
+        if scheduler is None:
+            scheduler = self._schedulers[batch_size] = Scheduler((batch_size, *spec.sample_shape), spec.time_features)
+        started = time.perf_counter()
+        for variant in dict.fromkeys(plan.variants):
+            if variant not in scheduler.engines:
+                opened = open_engine(
+                    self.backend, self.bundle, self.bundle.variants[variant], batch_size, self.options
+                )
+                scheduler.add(variant, opened)
+        self.open_ms += (time.perf_counter() - started) * 1e3
+        return scheduler
+
+    def close(self) -> None:
+        """Close every engine."""
+        while self._schedulers:
+            self._schedulers.popitem()[1].close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _InjectedNoise:
+    """The caller's noise where given, the seed's elsewhere; a padded batch gets zeros behind the last image."""
+
+    def __init__(
+        self, seed: int, x_T: Images | None, noise: Callable[[int], Images] | None, shape: tuple[int, ...]  # noqa: N803
+    ) -> None:
+        self.seed, self.x_T, self.noise, self.shape, self.first = seed, x_T, noise, shape, 0
+        if x_T is not None:
+            self._check(x_T, "x_T")
+
+    def _check(self, array: Images, name: str) -> None:
+        if np.shape(array) != self.shape:
+            raise SamplerError(f"{name} must have the shape {self.shape}, found {np.shape(array)}")
+
+    def starting_at(self, first_image: int) -> "_InjectedNoise":
+        self.first = first_image
+        return self
+
+    def fill(self, out: Images, stream: int, call: int) -> None:
+        given = self.x_T if stream == INITIAL else self.noise(call) if self.noise else None
+        if given is None:
+            SeededNoise(self.seed).starting_at(self.first).fill(out, stream, call)
+            return
+        self._check(given, "x_T" if stream == INITIAL else f"noise({call})")
+        rows = given[self.first : self.first + len(out)]
+        out[: len(rows)] = rows
+        out[len(rows) :] = 0
+
+
+def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:
+    """The bundle to run: the given one, else the one that holds the strategy, else the only one in the folder.
+
+    Raises:
+        BackendError: none or several.
+    """
+    if given is not None:
+        return Path(given)
+    holder = Path(strategy).resolve().parent.parent
+    if Path(strategy).is_file() and (holder / MANIFEST).is_file():
+        return holder
+    found = [folder] if (folder / MANIFEST).is_file() else sorted(m.parent for m in folder.glob(f"*/{MANIFEST}"))
+    if len(found) != 1:
+        raise BackendError(
+            f"expected one bundle in {folder}, found {len(found)}; name one with --bundle, or make one with "
+            f"ddsm-export SUPERNET.pt"
+        )
+    return found[0]

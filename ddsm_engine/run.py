@@ -1,0 +1,205 @@
+"""``python -m ddsm_engine.run --strategy …``: draw images from a bundle."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ddsm_engine.backends import BACKENDS
+from ddsm_engine.cli import guarded
+from ddsm_engine.errors import OutputError
+from ddsm_engine.files import atomic_path, refuse_existing, set_aside, write_atomically
+from ddsm_engine.images import grid, save_png
+from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, find_bundle
+from ddsm_engine.plan import Plan
+from ddsm_engine.sampler import SAMPLERS
+from ddsm_engine.trace import Trace
+
+RUN_FILE = "run.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``run``."""
+    p = argparse.ArgumentParser(
+        prog="python -m ddsm_engine.run", description="Draw images from a bundle, swapping sub-networks per timestep."
+    )
+    p.add_argument("--strategy", required=True, help="a strategy file, the name of one in the bundle, or uniform:4/8")
+    p.add_argument("--bundle", help="the bundle (default: the one that holds the strategy, else the only one here)")
+    p.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
+    p.add_argument("--steps", type=int, help="steps of the sampler (default: every timestep)")
+    p.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1 (default 0)")
+    p.add_argument(
+        "--clip-sample", type=float, nargs="?", const=1.0, metavar="BOUND",
+        help="clip the predicted clean image to ± BOUND (1 if not given); DDSM was published without",
+    )  # fmt: skip
+    p.add_argument("--num-images", type=int, default=16)
+    p.add_argument("--batch-size", type=int, help=f"images at a time (default: at most {DEFAULT_BATCH})")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
+    p.add_argument("-o", "--output", type=Path, default=Path("images.png"), help=".png = a grid, .npz, or a folder")
+    p.add_argument("--resume", action="store_true", help="finish a folder of images that was interrupted")
+    p.add_argument("--force", action="store_true", help="replace an output that exists")
+    p.add_argument("--trace", type=Path, metavar="FILE.json", help="write what ran and how long it took")
+    p.add_argument("-v", "--verbose", action="store_true", help="print the plan and every segment")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw and write images.
+
+    Raises:
+        DdsmError: anything that does not fit; an output is then as it was.
+    """
+    output: Path = arguments.output
+    if output.suffix not in (".png", ".npz", ""):
+        raise OutputError(f"{output} must end in .png (a grid), .npz (an array) or nothing (a folder of PNGs)")
+    if arguments.resume and (output.suffix or arguments.force):
+        raise OutputError("--resume finishes a folder of images (-o FOLDER), and excludes --force")
+    if not arguments.resume:
+        refuse_existing(output, force=arguments.force)
+    if arguments.trace is not None:
+        refuse_existing(arguments.trace, force=arguments.force)
+    bundle = find_bundle(arguments.strategy, arguments.bundle, Path.cwd())
+    with Pipeline.from_bundle(
+        bundle,
+        backend=arguments.backend,
+        device=arguments.device,
+        precision=arguments.precision,
+        threads=arguments.threads,
+    ) as pipeline:
+        job = _Job(pipeline, arguments)
+        (job.into_folder if output.suffix == "" else job.into_file)(output)
+        trace = pipeline.trace(job.finished, job.batch_size)
+    if arguments.trace is not None:
+        write_atomically(arguments.trace, (json.dumps(trace.to_json(), indent=1) + "\n").encode())
+    _report(trace, job.plan, output, verbose=arguments.verbose)
+
+
+class _Job:
+    """One run of the command: draws batch by batch and keeps what is finished."""
+
+    def __init__(self, pipeline: Pipeline, arguments: argparse.Namespace) -> None:
+        a = arguments
+        self.pipeline, self.arguments = pipeline, arguments
+        self.strategy = pipeline.strategy(a.strategy)
+        self.plan = pipeline.plan(self.strategy, a.sampler, a.steps, eta=a.eta, clip_sample=a.clip_sample)
+        self.batch_size: int = max(1, min(a.num_images, DEFAULT_BATCH)) if a.batch_size is None else a.batch_size
+        self.finished: list[Batch] = []
+
+    def into_file(self, output: Path) -> None:
+        """One grid or one array, whole or not at all; after Ctrl-C it holds the images that were finished."""
+        interrupted = self._draw(lambda batch: None, existing=set())
+        images = np.clip(np.concatenate([batch.x_final for batch in self.finished]), -1, 1)
+        with set_aside(output):
+            if output.suffix == ".npz":
+                with atomic_path(output) as temporary:
+                    np.savez(temporary, images=images)
+            else:
+                save_png(grid(images), output)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def into_folder(self, folder: Path) -> None:
+        """One PNG an image, written when its batch ends; ``run.json`` records what they are."""
+
+        def save(batch: Batch) -> None:
+            for offset, image in enumerate(batch.x_final):
+                save_png(image, folder / f"{batch.first_image + offset:06d}.png")
+
+        existing: set[int] = set()
+        if self.arguments.resume:
+            _check_identity(folder / RUN_FILE, self._identity())
+            existing = {int(file.stem) for file in folder.glob("[0-9]*.png")}
+        with nullcontext() if self.arguments.resume else set_aside(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / RUN_FILE, (json.dumps(self._identity(), indent=1) + "\n").encode())
+            interrupted = self._draw(save, existing)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _draw(self, save: Callable[[Batch], None], existing: set[int]) -> bool:
+        """Draw what does not exist yet; returns whether Ctrl-C ended it early (with something to keep)."""
+        a = self.arguments
+        total = len(self.plan.variants) * -(-a.num_images // self.batch_size)
+        with tqdm(total=total, unit="call", disable=not sys.stderr.isatty()) as bar:
+            batches = self.pipeline.batches(
+                self.plan,
+                num_images=a.num_images,
+                batch_size=self.batch_size,
+                seed=a.seed,
+                callback=lambda call, t, x: bar.update() and None,
+                skip=lambda images: existing.issuperset(images),
+            )
+            try:
+                for batch in batches:
+                    save(batch)
+                    self.finished.append(batch)
+                    if bar.disable:
+                        done = batch.first_image + len(batch.x_final)
+                        print(f"{done} of {a.num_images} images, {batch.latency_ms / 1e3:.2f} s", file=sys.stderr)
+            except KeyboardInterrupt:
+                if not self.finished:
+                    raise
+                return True
+        return False
+
+    def _identity(self) -> dict[str, Any]:
+        """What every image of a folder has in common; a resumed run must agree with it."""
+        a = self.arguments
+        return {
+            "format": "ddsm-run",
+            "bundle": self.pipeline.bundle.manifest.to_json()["checksum"],
+            "strategy": self.strategy.to_json()["segments"],
+            "sampler": a.sampler,
+            "steps": len(self.plan.variants),
+            "eta": a.eta,
+            "clip_sample": a.clip_sample,
+            "seed": a.seed,
+            "batch_size": self.batch_size,
+            "backend": self.pipeline.backend,
+            "precision": a.precision,
+        }
+
+
+def _check_identity(file: Path, identity: dict[str, Any]) -> None:
+    """Refuse to resume a folder that holds other images."""
+    try:
+        recorded = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} cannot be read, so its folder cannot be resumed: {error}") from error
+    different = sorted(key for key in identity if identity[key] != recorded.get(key))
+    if different:
+        raise OutputError(f"{file} records another {', '.join(different)}; resume with the same, or choose another -o")
+
+
+def _report(trace: Trace, plan: Plan, output: Path, *, verbose: bool) -> None:
+    if verbose:
+        print(f"plan: {plan}")
+        for s in trace.segments:
+            print(
+                f"batch {s.batch}  {s.variant}  calls {s.first_call}…{s.first_call + s.calls - 1}  {s.latency_ms:.2f} ms  "
+                f"swap {s.swap_ms:.3f} ms"
+            )
+    print(
+        f"{output}: {trace.images} images in {trace.latency_ms / 1e3:.2f} s, {trace.images_per_s:.2f} images/s "
+        f"({trace.backend} {trace.precision}, batch {trace.batch_size}, engines opened in {trace.open_ms / 1e3:.2f} s)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

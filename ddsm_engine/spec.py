@@ -1,0 +1,161 @@
+"""What does the supernet look like, and which widths can be cut from it?"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ddsm_engine.errors import SpecError
+
+EIGHTHS = tuple(range(2, 9))
+"""The paper's search space: 2/8 … 8/8 of the channels."""
+
+
+def make_divisible(channels: float, multiple: int) -> int:
+    """Round to a multiple, never losing more than a tenth (the rounding of slimmable networks and MobileNet)."""
+    rounded = max(1, int(channels + multiple / 2) // multiple * multiple)
+    return rounded if rounded >= 0.9 * channels else rounded + multiple
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UNetSpec:
+    """The U-Net of DDPM as DDSM slims it. All channel counts are those of the full width.
+
+    Attributes:
+        image_size: Height and width of a sample, pixels.
+        channels: Channels of a sample (1 grey, 3 colour).
+        base_channels: Channels of the first level at full width; every other count is a multiple of it.
+        channel_mults: One multiplier per level, finest first.
+        attention_levels: Levels whose residual blocks carry attention; the middle always does.
+        num_res_blocks: Residual blocks per level on the way down (one more on the way up).
+        groups: Groups of every group norm, the same at every width. A checkpoint does not record it.
+        conv_multiple: Sliced convolutions round to a multiple of this (published: 8).
+        linear_multiple: Sliced linears round to a multiple of this (published: 16).
+        timesteps: Length of the training noise schedule.
+        time_features: Columns of the sinusoidal time table, never sliced (published: ``base_channels``).
+        time_dim: Hidden width of the time embedding at full width (published: ``4 * base_channels``).
+        dropout: Dropout probability, used in training only.
+    """
+
+    image_size: int
+    channels: int
+    base_channels: int
+    channel_mults: tuple[int, ...]
+    attention_levels: tuple[int, ...]
+    num_res_blocks: int
+    groups: int
+    conv_multiple: int = 8
+    linear_multiple: int = 16
+    timesteps: int = 1000
+    time_features: int
+    time_dim: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no network can be built from."""
+        for name in (
+            "image_size channels base_channels num_res_blocks groups conv_multiple linear_multiple timesteps "
+            "time_features time_dim"
+        ).split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 16:
+                raise SpecError(f"{name} must be a whole number from 1 to 65536, found {value!r}")
+        if not self.channel_mults or not all(type(m) is int and 1 <= m <= 64 for m in self.channel_mults):
+            raise SpecError(f"channel_mults must be whole numbers from 1 to 64, found {self.channel_mults!r}")
+        levels = len(self.channel_mults)
+        if not all(type(level) is int and 0 <= level < levels for level in self.attention_levels):
+            raise SpecError(f"attention_levels must lie in 0…{levels - 1}, found {self.attention_levels!r}")
+        if self.image_size % (1 << (levels - 1)):
+            raise SpecError(f"image_size {self.image_size} cannot be halved {levels - 1} times ({levels} levels)")
+        if self.time_features % 2:
+            raise SpecError(f"time_features must be even (sine and cosine pairs), found {self.time_features}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise SpecError(f"dropout must lie in [0, 1), found {self.dropout!r}")
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample, [C, H, W]."""
+        return self.channels, self.image_size, self.image_size
+
+    def conv_channels(self, full: int, width: int) -> int:
+        """Channels that a convolution of ``full`` output channels keeps at ``width``."""
+        return make_divisible(full * width / self.base_channels, self.conv_multiple)
+
+    def linear_channels(self, full: int, width: int) -> int:
+        """Features that a linear layer of ``full`` outputs keeps at ``width``."""
+        return make_divisible(full * width / self.base_channels, self.linear_multiple)
+
+    def why_not(self, width: int) -> str | None:
+        """Say why ``width`` cannot be cut, or None if it can.
+
+        The layers of a block meet in additions, so the convolution's, the linear's and the attention's rounding must
+        agree, and the groups must divide the channels of every norm.
+        """
+        if not 1 <= width <= self.base_channels:
+            return f"width {width} is not within 1…{self.base_channels}"
+        for full in sorted({self.base_channels * mult for mult in (1, *self.channel_mults)}):
+            exact = full * width / self.base_channels
+            conv, linear = self.conv_channels(full, width), self.linear_channels(full, width)
+            if conv != exact:
+                return f"{exact:g} channels are not a multiple of {self.conv_multiple} (convolutions)"
+            if linear != conv:
+                return f"{conv} channels of a convolution meet {linear} of a linear (multiple {self.linear_multiple})"
+            if conv % self.groups:
+                return f"{conv} channels cannot be normalised in {self.groups} groups"
+        return None
+
+    def widths(self) -> tuple[int, ...]:
+        """The widths among 2/8 … 8/8 that can be cut, narrowest first."""
+        return tuple(w for w in self.eighths() if self.why_not(w) is None)
+
+    def eighths(self) -> tuple[int, ...]:
+        """The widths 2/8 … 8/8 of the base, whether or not they can be cut."""
+        return tuple(sorted({round(self.base_channels * k / 8) for k in EIGHTHS}))
+
+    def check_width(self, width: int) -> None:
+        """Refuse a width that cannot be cut.
+
+        Raises:
+            SpecError: naming the reason and the widths that would work.
+        """
+        reason = self.why_not(width)
+        if reason is not None:
+            possible = ", ".join(self.label(w) for w in self.widths()) or "none of 2/8 … 8/8"
+            raise SpecError(f"width {self.label(width)} cannot be cut: {reason}; widths that work: {possible}")
+
+    def label(self, width: int) -> str:
+        """A width as people write it: ``48 (3/8)``."""
+        divisor = math.gcd(width, self.base_channels)
+        fraction = (
+            f"{8 * width // self.base_channels}/8"
+            if 8 * width % self.base_channels == 0
+            else f"{width // divisor}/{self.base_channels // divisor}"
+        )
+        return f"{width} ({fraction})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: object) -> "UNetSpec":
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            SpecError: not an object, a missing or an unknown field, or a value that cannot be.
+        """
+        if not isinstance(data, dict):
+            raise SpecError(f"an architecture spec must be an object, found {type(data).__name__}")
+        names = {f.name for f in fields(cls)}
+        _same_names(names, data.keys())
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise SpecError(f"the architecture spec has a value of the wrong kind: {error}") from error
+
+
+def _same_names(expected: set[str], found: Iterable[str]) -> None:
+    missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
+    if missing or unknown:
+        raise SpecError(f"the architecture spec lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")

@@ -1,0 +1,256 @@
+"""Which variant serves which timestep? A strategy answers, and remembers where it came from."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ddsm_engine.bundle import Variant
+from ddsm_engine.cost import PUBLISHED_CIFAR10_MMACS
+from ddsm_engine.errors import StrategyError
+from ddsm_engine.files import write_atomically
+
+FORMAT = "ddsm-strategy"
+FORMAT_VERSION = 1
+MAX_BYTES = 4 << 20
+MAX_LENGTH = 1 << 16
+
+Choice = Fraction | str
+"""A width multiplier (of the full width), or a variant's id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive entries that agree; both ends included."""
+
+    first: int
+    last: int
+    choice: Choice
+
+    @property
+    def length(self) -> int:
+        """Number of entries."""
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A choice of variant for every entry of an axis.
+
+    Attributes:
+        choices: One per entry. On the ``timestep`` axis index 0 is the clean end, which is sampled *last*; on the
+            ``call`` axis index 0 is the first executed call.
+        axis: What the entries stand for.
+        sampler: The sampler a ``call`` strategy belongs to; None on the timestep axis.
+        steps: That sampler's number of steps; None on the timestep axis.
+        provenance: Where it came from, as JSON values.
+    """
+
+    choices: tuple[Choice, ...]
+    axis: Literal["timestep", "call"] = "timestep"
+    sampler: str | None = None
+    steps: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could follow."""
+        if not 1 <= len(self.choices) <= MAX_LENGTH:
+            raise StrategyError(f"a strategy needs 1 to {MAX_LENGTH} entries, found {len(self.choices)}")
+        if self.axis not in ("timestep", "call"):
+            raise StrategyError(f"axis must be 'timestep' or 'call', found {self.axis!r}")
+        for choice in set(self.choices):
+            if isinstance(choice, Fraction) and not 0 < choice <= 1:
+                raise StrategyError(f"a width multiplier must lie in (0, 1], found {float(choice):g}")
+        if (self.axis == "call") != (self.sampler is not None and self.steps is not None):
+            raise StrategyError("a strategy over calls names its sampler and steps; one over timesteps names neither")
+
+    @classmethod
+    def uniform(cls, width_mult: float | Fraction, timesteps: int) -> "Strategy":
+        """One width for every timestep.
+
+        Args:
+            width_mult: Share of the full width, in (0, 1].
+            timesteps: Length of the training schedule.
+        """
+        return cls((_fraction(width_mult),) * timesteps, provenance={"kind": "uniform"})
+
+    @classmethod
+    def coarse(cls, runs: Iterable[tuple[int, Fraction]], timesteps: int) -> "Strategy":
+        """Build from (first timestep, width multiplier) pairs in rising order, the first at 0."""
+        starts = [*runs]
+        ends = [*(first for first, _ in starts[1:]), timesteps]
+        return cls(tuple(mult for (first, mult), end in zip(starts, ends, strict=True) for _ in range(first, end)))
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The entries grouped into runs, index 0 first."""
+        runs, first = [], 0
+        for choice, group in groupby(self.choices):
+            length = len(list(group))
+            runs.append(Run(first, first + length - 1, choice))
+            first += length
+        return tuple(runs)
+
+    @property
+    def swaps(self) -> int:
+        """How often neighbouring entries differ."""
+        return len(self.runs) - 1
+
+    def resolve(self, variants: Iterable[Variant]) -> tuple[str, ...]:
+        """The id of the variant that serves each entry.
+
+        Raises:
+            StrategyError: a choice that no variant offers.
+        """
+        known = list(variants)
+        by_choice: dict[Choice, str] = {Fraction(v.width_mult).limit_denominator(1 << 12): v.id for v in known}
+        by_choice |= {v.id: v.id for v in known}
+        for choice in dict.fromkeys(self.choices):
+            if choice not in by_choice:
+                offered = ", ".join(f"{v.id} ({spell(Fraction(v.width_mult).limit_denominator(1 << 12))})" for v in known)
+                raise StrategyError(f"the strategy asks for {spell(choice)}; the bundle offers {offered}")
+        return tuple(by_choice[choice] for choice in self.choices)
+
+    def published_mmacs(self) -> float | None:
+        """Average 1e6 MACs per entry by the published CIFAR-10 table; None if a width is not in the table."""
+        costs = [PUBLISHED_CIFAR10_MMACS.get(c) if isinstance(c, Fraction) else None for c in self.choices]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) / len(known) if len(known) == len(costs) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The strategy as JSON values, run-length encoded."""
+        head: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "axis": self.axis}
+        if self.axis == "call":
+            head |= {"sampler": self.sampler, "steps": self.steps}
+        segments = [{"first": run.first, "last": run.last, **_choice_to_json(run.choice)} for run in self.runs]
+        return {**head, "length": len(self.choices), "segments": segments, "provenance": dict(self.provenance)}
+
+    def save(self, path: Path) -> None:
+        """Write YAML, whole or not at all."""
+        write_atomically(path, yaml.safe_dump(self.to_json(), sort_keys=False, width=120).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Strategy":
+        """Read a strategy file: ours (YAML or JSON), a JSON list, or the published search's text.
+
+        The published text is one Python list of numbers; index = timestep. It is parsed as data, never evaluated.
+
+        Raises:
+            StrategyError: unreadable, two lists on a line, a gap or an overlap, anything that is not a number.
+        """
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise StrategyError(f"{path} is larger than {MAX_BYTES} bytes; it is not a strategy")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StrategyError(f"{path} could not be read as a strategy: {error}") from error
+        try:
+            return cls._from_list(text) if text.lstrip().startswith("[") else cls._from_mapping(_yaml(text))
+        except StrategyError as error:
+            raise StrategyError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_list(cls, text: str) -> "Strategy":
+        lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+        joined = " ".join(lines)
+        if joined.count("[") != 1 or not joined.endswith("]"):
+            raise StrategyError(
+                f"expected one list of width multipliers, found {joined.count('[')} opening brackets; a search that ran "
+                f"twice appends its second list to the first: keep one"
+            )
+        try:
+            values = json.loads(joined)
+        except (ValueError, RecursionError) as error:
+            raise StrategyError(f"expected a list of plain numbers: {error}") from error
+        return cls(tuple(_fraction(value) for value in values), provenance={"kind": "list"})
+
+    @classmethod
+    def _from_mapping(cls, data: object) -> "Strategy":
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise StrategyError(f"expected a mapping with format: {FORMAT}, or one list of width multipliers")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise StrategyError(
+                f"format_version {data.get('format_version')!r} is unknown; this program reads {FORMAT_VERSION}"
+            )
+        allowed = {"format", "format_version", "axis", "length", "segments", "provenance", "sampler", "steps"}
+        if unknown := sorted(str(key) for key in data.keys() - allowed):
+            raise StrategyError(f"unknown fields {unknown}")
+        length, segments, provenance = data.get("length"), data.get("segments"), data.get("provenance", {})
+        if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH or not isinstance(segments, list):
+            raise StrategyError(f"needs a length (1 to {MAX_LENGTH}) and a list of segments")
+        if not isinstance(provenance, dict):
+            raise StrategyError("provenance must be a mapping")
+        return cls(
+            _choices(segments, length), data.get("axis", "timestep"), data.get("sampler"), data.get("steps"), provenance
+        )
+
+
+class _NoAliasLoader(yaml.SafeLoader):
+    """Plain YAML without anchors: an alias inside an alias grows without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - the library's signature
+        if self.check_event(yaml.events.AliasEvent):
+            raise StrategyError("YAML aliases are not allowed in a strategy")
+        return super().compose_node(parent, index)
+
+
+def _yaml(text: str) -> object:
+    try:
+        return yaml.load(text, Loader=_NoAliasLoader)  # noqa: S506 - derived from SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise StrategyError(f"not readable as YAML: {' '.join(str(error).split())}") from error
+
+
+def _choices(segments: Sequence[object], length: int) -> tuple[Choice, ...]:
+    choices: list[Choice] = []
+    for segment in segments:
+        if not isinstance(segment, dict) or set(segment) not in ({"first", "last", "width_mult"}, {"first", "last", "variant"}):
+            raise StrategyError(f"a segment is {{first, last, width_mult or variant}}, found {segment!r}"[:200])
+        first, last = segment["first"], segment["last"]
+        if not isinstance(first, int) or not isinstance(last, int) or first != len(choices) or not first <= last < length:
+            raise StrategyError(f"the segment {first}…{last} must begin at {len(choices)} and end before {length}")
+        choice = segment["variant"] if "variant" in segment else _fraction(segment["width_mult"])
+        if not isinstance(choice, str | Fraction):
+            raise StrategyError(f"variant must be an id, found {choice!r}")
+        choices += [choice] * (last - first + 1)
+    if len(choices) != length:
+        raise StrategyError(f"the segments cover {len(choices)} of {length} entries")
+    return tuple(choices)
+
+
+def _fraction(value: object) -> Fraction:
+    """A width multiplier as an exact fraction: files write 0.375, the widths are eighths (or so) of the full one."""
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise StrategyError(f"a width multiplier must be a number in (0, 1], found {value!r}")
+    return Fraction(value).limit_denominator(1 << 12)
+
+
+def _choice_to_json(choice: Choice) -> dict[str, Any]:
+    return {"variant": choice} if isinstance(choice, str) else {"width_mult": float(choice)}
+
+
+def spell(choice: Choice) -> str:
+    """A choice as people write it: ``3/8``, or a variant id."""
+    if isinstance(choice, str):
+        return choice
+    eighths = choice * 8
+    return f"{eighths.numerator}/8" if eighths.denominator == 1 else f"{choice.numerator}/{choice.denominator}"
+
+
+def parse_uniform(text: str, timesteps: int) -> Strategy:
+    """``uniform:4/8`` or ``uniform:0.5`` → one width for every timestep.
+
+    Raises:
+        StrategyError: not a fraction in (0, 1].
+    """
+    try:
+        return Strategy.uniform(Fraction(text.removeprefix("uniform:")), timesteps)
+    except (ValueError, ZeroDivisionError) as error:
+        raise StrategyError(f"expected uniform:4/8 or uniform:0.5, found {text!r}") from error

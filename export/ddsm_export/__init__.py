@@ -1,0 +1,1 @@
+"""Build time: trained supernets in, bundles out."""

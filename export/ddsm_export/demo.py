@@ -1,0 +1,159 @@
+"""``ddsm demo``: the shipped supernet, cut, exported, run and measured, in about two minutes."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+
+from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.cli import guarded
+from ddsm_engine.cost import gflops
+from ddsm_engine.files import atomic_path, refuse_existing, set_aside
+from ddsm_engine.images import grid, save_png
+from ddsm_engine.measure.environment import environment
+from ddsm_engine.measure.latency import LatencyRow, measure_latency
+from ddsm_engine.measure.peak import matmul_peak_gflops
+from ddsm_engine.pipeline import Pipeline, Result
+from ddsm_engine.plan import Plan
+from ddsm_engine.strategy import Strategy
+
+SUPERNET = "fashion_mnist.safetensors"
+STEPS = 50
+
+COARSE = ((0, Fraction(8, 8)), (266, Fraction(6, 8)), (470, Fraction(4, 8)))
+"""First timestep and width of each run: the published CIFAR-10 strategy without its noise block, 3 runs, 2 swaps."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    p = argparse.ArgumentParser(
+        prog="ddsm demo", description="Cut, export, run and measure the supernet that comes with this package."
+    )
+    p.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    p.add_argument("--num-images", type=int, default=16)
+    p.add_argument("--force", action="store_true", help="replace the folder")
+    arguments = p.parse_args(argv)
+    return guarded(lambda: demo(arguments.output, num_images=arguments.num_images, force=arguments.force))
+
+
+def demo(output: Path, *, num_images: int, force: bool) -> None:
+    """Write the bundle, image grids, a trace and a picture, and print the honest table.
+
+    Raises:
+        OutputError: the folder exists.
+    """
+    refuse_existing(output, force=force)
+    from ddsm_export.bundling import ExportOptions, export_bundle
+    from ddsm_export.supernet import load_supernet
+
+    with as_file(files("ddsm_export") / "data" / SUPERNET) as file:
+        supernet = load_supernet(file)
+    strategy = Strategy.coarse(COARSE, supernet.spec.timesteps)
+    started = time.monotonic()
+    with set_aside(output), atomic_path(output) as folder:
+        folder.mkdir()
+        bundle = folder / "fashion-mnist.bundle"
+        print("cutting and exporting the widths", flush=True)
+        export_bundle(supernet, bundle, ExportOptions(), strategies={"coarse": strategy}, report=_say)
+        print(f"\ndrawing {num_images} images twice with DDIM {STEPS}: full width and strategy", flush=True)
+        with Pipeline.from_bundle(bundle) as pipeline:
+            results = {name: _draw(pipeline, name, num_images) for name in ("uniform:8/8", "coarse")}
+            plan = pipeline.plan("coarse", "ddim", STEPS)
+            options = EngineOptions(precision="fp32" if pipeline.precision == "fp32" else "bf16")
+            rows = measure_latency(
+                pipeline.bundle, pipeline.bundle.manifest.variants, pipeline.backend, num_images, options, repeats=7
+            )
+        for name, result in results.items():
+            save_png(grid(result.images, columns=8), folder / f"{'full' if ':' in name else name}.png")
+        trace = {"environment": environment(), "plan": str(plan)}
+        trace |= {name: result.trace.to_json() for name, result in results.items()}
+        (folder / "trace.json").write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
+        draw_picture(plan, rows, folder / "latency.png")
+    _print_table(rows, results, plan)
+    where = output / "fashion-mnist.bundle"
+    print(
+        f"\n{output}/ holds full.png, coarse.png, latency.png, trace.json and the bundle ({time.monotonic() - started:.0f} s)."
+        f"\nWith a supernet of your own:\n"
+        f"  ddsm-export ckpt.pt -o my.bundle        # flagfile.txt beside it, or --groups --image-size …\n"
+        f"  ddsm inspect my.bundle\n"
+        f"  python -m ddsm_engine.run --bundle my.bundle --strategy search.txt -o images.png\n"
+        f"(or look at this one: ddsm inspect {where})"
+    )
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _draw(pipeline: Pipeline, strategy: str, num_images: int) -> Result:
+    """Draw once to warm up (one call's worth of pages and caches), once for the record."""
+    pipeline(strategy, "ddim", 2, num_images=num_images, batch_size=num_images)
+    return pipeline(strategy, "ddim", STEPS, num_images=num_images, batch_size=num_images)
+
+
+def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Result], plan: Plan) -> None:
+    trace = results["coarse"].trace
+    print(f"\n{trace.backend} {trace.precision}, batch {trace.batch_size}; ms are per image and call, median")
+    print(f"{'width':>10} {'GFLOPs':>8} {'ms':>8} {'expected':>9} {'measured':>9}")
+    for row in rows:
+        label = f"{Fraction(row.variant.width_mult) * 8}/8"
+        print(
+            f"{label:>10} {gflops(row.variant.macs):8.3f} {row.ms_per_image:8.2f} {row.expected_speedup:8.2f}x "
+            f"{row.measured_speedup:8.2f}x"
+        )
+    macs = {row.variant.id: row.variant.macs for row in rows}
+    full_row = max(rows, key=lambda row: row.variant.macs)
+    theoretical = full_row.variant.macs / float(np.mean([macs[v] for v in plan.variants]))
+    full, coarse = results["uniform:8/8"].trace, trace
+    realised = full.latency_ms / coarse.latency_ms
+    peak = matmul_peak_gflops(trace.precision)
+    print(f"\nplan: {plan}")
+    print(
+        f"strategy: expected {theoretical:.2f}x, measured {realised:.2f}x, R = {realised / theoretical:.2f} "
+        f"(full width at {100 * full_row.gflops_per_s / peak:.0f} % of this machine's {peak:.0f} GFLOP/s)\n"
+        f"images per second: {full.images_per_s:.2f} full width, {coarse.images_per_s:.2f} strategy"
+    )
+
+
+def draw_picture(plan: Plan, rows: Sequence[LatencyRow], path: Path) -> None:
+    """Width over timestep, and measured milliseconds beside GFLOPs per width."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    mults = {row.variant.id: row.variant.width_mult for row in rows}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.step(plan.timesteps, [mults[v] * 8 for v in plan.variants], where="mid", color="#31688e", linewidth=2)
+    left.set(xlabel="timestep t (sampling runs from right to left)", ylabel="width, eighths", ylim=(0, 8.5))
+    left.set_title("the strategy: which width serves which timestep")
+    positions = np.arange(len(rows))
+    right.bar(positions - 0.2, [gflops(r.variant.macs) for r in rows], 0.4, color="#b5b5b5", label="GFLOPs (true)")
+    right.set(ylabel="GFLOPs per image and call", xlabel="width", title="what is promised, and what it takes")
+    right.set_xticks(positions, [f"{Fraction(r.variant.width_mult) * 8}/8" for r in rows])
+    milliseconds = right.twinx()
+    spread = [
+        [(r.timing.median_ms - r.timing.p20_ms) / r.batch for r in rows],
+        [(r.timing.p80_ms - r.timing.median_ms) / r.batch for r in rows],
+    ]
+    milliseconds.bar(
+        positions + 0.2, [r.ms_per_image for r in rows], 0.4, yerr=spread, color="#31688e", label="ms (median, p20-p80)"
+    )
+    milliseconds.set_ylabel("ms per image and call")
+    # Both axes end at the full width's value: bars of one height mean that the time fell as far as the arithmetic.
+    right.set_ylim(0, gflops(rows[-1].variant.macs) * 1.15)
+    milliseconds.set_ylim(0, rows[-1].ms_per_image * 1.15)
+    handles = [*right.get_legend_handles_labels()[0], *milliseconds.get_legend_handles_labels()[0]]
+    right.legend(handles=handles, loc="upper left", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

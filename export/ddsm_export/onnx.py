@@ -1,0 +1,118 @@
+"""One static sub-network → one ONNX file with a dynamic batch and no weight larger than it needs."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ddsm_engine.bundle import TensorInfo
+from ddsm_engine.networks.unet import UNet
+from ddsm_engine.spec import UNetSpec
+
+OPSETS = range(17, 22)
+"""Opsets that ONNX Runtime, OpenVINO and TensorRT all take."""
+
+DEFAULT_OPSET = 18
+"""The exporter's own: every other one is a conversion of it."""
+
+
+def input_infos(spec: UNetSpec) -> tuple[TensorInfo, ...]:
+    """The inputs of every denoiser."""
+    return (
+        TensorInfo(name="sample", dtype="float32", shape=("batch", *spec.sample_shape)),
+        TensorInfo(name="time_features", dtype="float32", shape=("batch", spec.time_features)),
+    )
+
+
+def output_infos(spec: UNetSpec) -> tuple[TensorInfo, ...]:
+    """The outputs of every denoiser."""
+    return (TensorInfo(name="out_sample", dtype="float32", shape=("batch", *spec.sample_shape)),)
+
+
+class _Float32Norm(nn.Module):
+    """A group norm whose statistics and affine stay in float32 inside a half-precision network."""
+
+    def __init__(self, norm: nn.GroupNorm, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, self.dtype = norm, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.float()).to(self.dtype)
+
+
+class ExportForm(nn.Module):
+    """The sub-network as it is exported: the blocks' time projections in one product, and the precision in place.
+
+    The time embedding and its projections (one linear a block) become three matrix products. In ``fp16`` the
+    convolutions and attention compute in half; norm statistics, the time embedding and the output convolution stay in
+    fp32, and so do the inputs and the output.
+    """
+
+    def __init__(self, unet: UNet, precision: Literal["fp32", "fp16"]) -> None:
+        """Take over ``unet``: its modules are changed in place."""
+        super().__init__()
+        blocks = unet.residual_blocks()
+        self.sizes = [block.time.out_features for block in blocks]
+        self.projection = nn.Linear(blocks[0].time.in_features, sum(self.sizes), device="meta")
+        self.projection.weight = nn.Parameter(torch.cat([block.time.weight for block in blocks]), requires_grad=False)
+        self.projection.bias = nn.Parameter(torch.cat([block.time.bias for block in blocks]), requires_grad=False)
+        self.time, self.unet = unet.time, unet
+        self.dtype = torch.float16 if precision == "fp16" else torch.float32
+        if precision == "fp16":
+            self._halve()
+
+    def _halve(self) -> None:
+        output = self.unet.tail.conv
+        for module in self.unet.modules():
+            if isinstance(module, nn.Conv2d) and module is not output:
+                module.half()
+        for owner in list(self.unet.modules()):
+            for name, child in list(owner.named_children()):
+                if isinstance(child, nn.GroupNorm) and not isinstance(owner, _Float32Norm):
+                    target = torch.float32 if owner is self.unet.tail else torch.float16
+                    setattr(owner, name, _Float32Norm(child, target))
+
+    def forward(self, sample: Tensor, time_features: Tensor) -> Tensor:
+        projections = self.projection(self.time(time_features)).to(self.dtype).split(self.sizes, dim=1)
+        return self.unet.denoise(sample.to(self.dtype), list(projections))
+
+
+def onnx_from_subnetwork(
+    unet: UNet, path: Path, *, precision: Literal["fp32", "fp16"] = "fp32", opset: int = DEFAULT_OPSET
+) -> None:
+    """Write the ONNX file of one static sub-network.
+
+    Args:
+        unet: The sub-network; it is taken over and cannot be used afterwards.
+        path: One file, weights included.
+        precision: ``fp16`` keeps fp32 islands, see ``ExportForm``.
+        opset: 17 to 21.
+    """
+    spec = unet.spec
+    form = ExportForm(unet, precision).eval()
+    batch = torch.export.Dim("batch")
+    example = (torch.zeros(2, *spec.sample_shape), torch.zeros(2, spec.time_features))
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # The exporter warns of its own internals on every call; whether the file is right is measured afterwards.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                form,
+                example,
+                path,
+                dynamo=True,
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+                input_names=[tensor.name for tensor in input_infos(spec)],
+                output_names=[tensor.name for tensor in output_infos(spec)],
+                dynamic_shapes={"sample": {0: batch}, "time_features": {0: batch}},
+            )
+    finally:
+        exporter_log.setLevel(level)

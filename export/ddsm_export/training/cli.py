@@ -1,0 +1,166 @@
+"""``ddsm train DATA -o FOLDER``: train a supernet whose every width denoises."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ddsm_engine.cli import guarded
+from ddsm_engine.errors import SpecError
+from ddsm_engine.noise_schedule import NoiseSchedule
+from ddsm_engine.spec import UNetSpec
+
+LOG_EVERY_S = 30.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``train``; defaults are the paper's CIFAR-10 network with 16 groups and its training recipe."""
+    p = argparse.ArgumentParser(
+        prog="ddsm train",
+        description="Train a supernet with the sandwich rule. Started again with the same options, it resumes.",
+    )
+    p.add_argument("data", type=Path, help="a folder of images, .npz, an IDX file, or a folder of CIFAR-10 .bin batches")
+    p.add_argument("-o", "--output", type=Path, required=True, help="folder for the supernet, state, log and samples")
+    p.add_argument("--images", type=int, default=57_600_000, help="images to draw in all (paper: 450,000 x 128)")
+    net = p.add_argument_group("network")
+    net.add_argument("--image-size", type=int, default=32)
+    net.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    net.add_argument("--base-channels", type=int, default=128)
+    net.add_argument("--channel-mults", type=_numbers, default=(1, 2, 2, 2), metavar="1,2,2,2")
+    net.add_argument("--attention-levels", type=_numbers, default=(1,), metavar="1")
+    net.add_argument("--num-res-blocks", type=int, default=2)
+    net.add_argument("--groups", type=int, default=16)
+    net.add_argument("--conv-multiple", type=int, default=8)
+    net.add_argument("--linear-multiple", type=int, default=16)
+    net.add_argument("--timesteps", type=int, default=1000)
+    net.add_argument("--dropout", type=float, default=0.1)
+    recipe = p.add_argument_group("recipe")
+    recipe.add_argument("--batch-size", type=int, default=128)
+    recipe.add_argument("--lr", type=float, default=4e-4)
+    recipe.add_argument("--warmup-steps", type=int, default=5000)
+    recipe.add_argument("--grad-clip", type=float, default=1.0)
+    recipe.add_argument("--ema-decay", type=float, default=0.9999)
+    recipe.add_argument("--middle-widths", type=int, default=1, help="random widths per step beside the two ends")
+    recipe.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
+    recipe.add_argument("--seed", type=int, default=0)
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CPUs with AMX")
+    p.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
+    p.add_argument("--save-every", type=float, default=300.0, metavar="SECONDS")
+    p.add_argument("--samples-every", type=int, default=50_000, metavar="IMAGES", help="also drawn at the end")
+    return p
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(item) for item in text.split(",") if item)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    return guarded(lambda: train(arguments))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train, or go on where the folder's state stopped.
+
+    Raises:
+        DdsmError: data or options that do not fit, or a state of another training.
+    """
+    a = arguments
+    spec = UNetSpec(
+        image_size=a.image_size,
+        channels=a.channels,
+        base_channels=a.base_channels,
+        channel_mults=a.channel_mults,
+        attention_levels=a.attention_levels,
+        num_res_blocks=a.num_res_blocks,
+        groups=a.groups,
+        conv_multiple=a.conv_multiple,
+        linear_multiple=a.linear_multiple,
+        timesteps=a.timesteps,
+        time_features=a.base_channels,
+        time_dim=4 * a.base_channels,
+        dropout=a.dropout,
+    )
+    spec.check_width(a.base_channels)
+    for name in ("images", "batch_size", "lr", "grad_clip"):
+        if not getattr(a, name) > 0:
+            raise SpecError(f"--{name.replace('_', '-')} must be positive, found {getattr(a, name)}")
+    import torch
+
+    from ddsm_export.supernet import save_supernet
+    from ddsm_export.training.data import load_images
+    from ddsm_export.training.samples import save_grids
+    from ddsm_export.training.trainer import (
+        TrainConfig,
+        Trainer,
+        fingerprint,
+        initial_state,
+        load_state,
+        run_training,
+        save_state,
+    )
+
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    schedule = NoiseSchedule(1e-4, 0.02, a.timesteps)
+    config = TrainConfig(
+        batch_size=a.batch_size,
+        learning_rate=a.lr,
+        warmup_steps=a.warmup_steps,
+        grad_clip=a.grad_clip,
+        ema_decay=a.ema_decay,
+        middle_widths=a.middle_widths,
+        flip=a.flip,
+        seed=a.seed,
+    )
+    images = load_images(a.data, channels=spec.channels, image_size=spec.image_size)
+    widths = spec.widths()
+    identity = fingerprint(spec, schedule, widths, config, images)
+    state_file: Path = a.output / "state.safetensors"
+    state = load_state(identity, state_file) if state_file.exists() else initial_state(spec, a.seed)
+    bf16 = a.precision == "bf16" or (a.precision == "auto" and torch.cpu._is_amx_tile_supported())
+    trainer = Trainer(spec, schedule, widths, config, images, state, bf16=bf16)
+    steps = math.ceil(a.images / a.batch_size)
+    print(
+        f"{len(images)} images, widths {', '.join(spec.label(w) for w in widths)}, {'bf16' if bf16 else 'fp32'}; "
+        f"{'resuming at' if state.step else 'from'} step {state.step} of {steps}",
+        file=sys.stderr,
+    )
+    a.output.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=steps, initial=state.step, unit="step", disable=not sys.stderr.isatty())
+    started, first, logged = time.monotonic(), state.step, 0.0
+
+    def on_step(_: dict[int, float]) -> None:
+        nonlocal logged
+        bar.update()
+        if time.monotonic() - logged > LOG_EVERY_S:
+            logged = time.monotonic()
+            rate = (state.step - first) * config.batch_size / (logged - started)
+            loss = {f"w{width:03d}": round(value, 4) for width, value in sorted(state.losses.items())}
+            line = {"step": state.step, "images": trainer.images_seen, "images_per_s": round(rate, 2), "loss": loss}
+            with (a.output / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            bar.set_postfix(loss)
+            if bar.disable:
+                print(json.dumps(line), file=sys.stderr, flush=True)
+        if state.step % max(1, a.samples_every // config.batch_size) == 0:
+            save_grids(trainer.supernet(), widths, a.output / "samples")
+
+    def on_save() -> None:
+        save_state(state, identity, state_file)
+        save_supernet(trainer.supernet(), a.output / "supernet.safetensors")
+
+    with bar:
+        run_training(trainer, steps=steps, save_every_s=a.save_every, on_step=on_step, on_save=on_save)
+    save_grids(trainer.supernet(), widths, a.output / "samples")
+    print(f"{a.output / 'supernet.safetensors'}: cut it with: ddsm-export {a.output / 'supernet.safetensors'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Kernels of the engine, one file each: reference, implementation, public function. None is needed on a CPU yet."""

@@ -1,0 +1,64 @@
+"""One small supernet and one small bundle serve the whole suite."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddsm_engine.bundle import Bundle
+from ddsm_engine.noise_schedule import NoiseSchedule
+from ddsm_engine.strategy import Strategy
+from ddsm_export.bundling import ExportOptions, export_bundle
+from ddsm_export.demo import COARSE
+from ddsm_export.supernet import Supernet
+from tests.oracle.dynamic_unet import TABLE, Config, published_state_dict
+from tests.oracle.names import product_spec, product_weights
+
+CONFIG = Config(
+    ch=32, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, groups=4, conv_multiple=4, linear_multiple=4, T=1000, in_channels=3
+)
+TINY = product_spec(CONFIG, image_size=8)
+STATE = published_state_dict(CONFIG, seed=0)
+"""Random weights, biases and norm affines: at default initialisation every wrong variant passes."""
+
+
+@pytest.fixture(scope="session")
+def supernet() -> Supernet:
+    return Supernet(TINY, NoiseSchedule(1e-4, 0.02, 1000), product_weights(STATE), {"source": "random"}, STATE[TABLE])
+
+
+@pytest.fixture(scope="session")
+def bundle_path(supernet: Supernet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("session") / "tiny.bundle"
+    export_bundle(supernet, path, ExportOptions(), strategies={"coarse": Strategy.coarse(COARSE, TINY.timesteps)})
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_path: Path) -> Bundle:
+    return Bundle.open(bundle_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The networks are tiny, and a second thread only waits when the machine is busy."""
+    torch.set_num_threads(1)
+
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Iterator[Refusal]:
+    """Run a command that must be refused: exit 1 and exactly one line on stderr, which is returned."""
+
+    def run(main: Callable[[list[str]], int], *arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("leaving out")]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    yield run

@@ -1,0 +1,130 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ddsm_engine.backends import BACKENDS, choose_backend, open_engine
+from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.bundle import Bundle
+from ddsm_engine.errors import BackendError
+from tests.conftest import CONFIG, STATE, TINY
+from tests.oracle.dynamic_unet import dynamic_unet
+from tests.tolerances import FORWARD
+
+FP32 = EngineOptions(precision="fp32", threads=1)
+VARIANTS = [f"w{width:03d}" for width in TINY.widths()]
+
+
+def forward(backend: str, bundle: Bundle, variant: str, x: NDArray[np.float32], t: list[int]) -> NDArray[np.float32]:
+    engine = open_engine(backend, bundle, bundle.variants[variant], len(x), FP32)
+    out = np.full_like(x, np.nan)
+    engine.bind({"sample": x, "time_features": bundle.time_table()[t]}, {"out_sample": out})
+    engine.run()
+    engine.close()
+    return out
+
+
+def relative_l2(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_variant_on_every_backend_is_the_dynamic_network(
+    backend: str, variant: str, batch: int, bundle: Bundle
+) -> None:
+    x = np.random.default_rng(batch).standard_normal((batch, *TINY.sample_shape), dtype=np.float32)
+    t = [0, 999, 412][:batch]
+    width_mult = bundle.variants[variant].width_mult
+    expected = dynamic_unet(CONFIG, STATE, torch.from_numpy(x), torch.tensor(t), width_mult).numpy()
+    assert expected.std() > 0.05, "outputs must be of order one for the comparison to mean anything"
+    assert relative_l2(forward(backend, bundle, variant, x, t), expected) <= FORWARD[backend]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_width_is_told_apart(backend: str, bundle: Bundle) -> None:
+    x = np.random.default_rng(0).standard_normal((1, *TINY.sample_shape), dtype=np.float32)
+    expected = dynamic_unet(CONFIG, STATE, torch.from_numpy(x), torch.tensor([500]), 7 / 8).numpy()
+    assert relative_l2(forward(backend, bundle, "w032", x, [500]), expected) > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_a_batch_is_the_same_alone(backend: str, bundle: Bundle) -> None:
+    x = np.random.default_rng(1).standard_normal((3, *TINY.sample_shape), dtype=np.float32)
+    together = forward(backend, bundle, "w020", x, [7, 7, 7])
+    alone = forward(backend, bundle, "w020", x[1:2].copy(), [7])
+    assert relative_l2(together[1:2], alone) <= FORWARD[backend]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_engine_reads_and_writes_the_bound_arrays_in_place(backend: str, bundle: Bundle) -> None:
+    x = np.ones((2, *TINY.sample_shape), np.float32)
+    out = np.full_like(x, np.nan)
+    engine = open_engine(backend, bundle, bundle.variants["w008"], 2, FP32)
+    engine.bind({"sample": x, "time_features": bundle.time_table()[[5, 5]]}, {"out_sample": out})
+    engine.run()
+    first = out.copy()
+    x[...] = 0.5
+    engine.run()
+    second = out.copy()
+    x[...] = 1.0
+    engine.run()
+    engine.close()
+    assert np.isfinite(first).all()
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, out), "the same input gives the same bits"
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("onnxruntime", EngineOptions(device="cuda"), "no device 'cuda' here"),
+        ("torch", EngineOptions(device="cuda"), "sees no CUDA device"),
+        ("openvino", EngineOptions(device="cuda"), "runs on the CPU"),
+        ("onnxruntime", EngineOptions(precision="bf16"), "no bf16 arithmetic"),
+        ("torch", EngineOptions(precision="bf16"), "fp32 reference"),
+    ],
+)
+def test_a_device_or_precision_that_is_not_there_is_refused(
+    backend: str, options: EngineOptions, message: str, bundle: Bundle
+) -> None:
+    if options.device == "cuda" and torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    with pytest.raises(BackendError, match=message):
+        open_engine(backend, bundle, bundle.variants["w008"], 1, options)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(BackendError, match="expected auto, openvino, onnxruntime, torch"):
+        choose_backend("tflite", "cpu")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_file_that_is_no_network_is_refused(backend: str, bundle: Bundle, tmp_path: Path) -> None:
+    from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
+    from ddsm_engine.backends.openvino import OpenVINOEngine
+
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"not a network")
+    shapes = {t.name: t.at_batch(1) for t in bundle.variants["w008"].inputs}
+    with pytest.raises(BackendError, match="cannot open"):
+        OpenVINOEngine(file, shapes, FP32) if backend == "openvino" else OnnxRuntimeEngine(file, FP32)
+
+
+def test_the_run_time_needs_no_torch_and_no_exporter() -> None:
+    code = """
+import importlib, sys
+for name in ("torch", "onnx", "onnxscript", "ddsm_export"):
+    sys.modules[name] = None  # importing any of them fails from here on
+for name in ("ddsm_engine", "ddsm_engine.run", "ddsm_engine.inspect", "ddsm_engine.measure.latency"):
+    importlib.import_module(name)
+heavy = {"openvino", "onnxruntime", "matplotlib", "scipy", "tensorrt"} & set(sys.modules)
+sys.exit(f"imported without being asked: {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
