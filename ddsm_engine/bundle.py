@@ -236,9 +236,7 @@ class Bundle:
         """
         found = self.strategies().get(name)
         if found is None:
-            raise BundleError(
-                f"{self.path} has no strategy {name!r}; it has: {', '.join(self.strategies()) or 'none'}"
-            )
+            raise BundleError(f"{self.path} has no strategy {name!r}; it has: {', '.join(self.strategies()) or 'none'}")
         return self._listed(f"strategies/{name}.yaml") or found
 
     def _listed(self, relative: str) -> Path | None:

@@ -50,11 +50,14 @@ def _sync_folder(path: Path) -> None:
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists.
+    """Refuse, before any work is done, an output that exists or that could not be written.
 
     Raises:
-        OutputError: it exists and ``force`` was not asked for.
+        OutputError: it exists and ``force`` was not asked for, or its folder is none or is read-only.
     """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {folder} is not a folder that you may write to")
     if not force and (path.exists() or path.is_symlink()):
         raise OutputError(f"{path} exists already; choose another output or add --force to replace it")
 

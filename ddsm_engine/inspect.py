@@ -80,7 +80,7 @@ def describe_strategy(strategy: Strategy, bundle: Bundle | None) -> str:
         ):
             average = sum(costs) / len(costs)
             lines.append(
-                f"average GFLOPs ({name}): {gflops(average):.3f}, {100 * (1 - average / full):.1f} % fewer than the full "
-                f"width's {gflops(full):.3f}: {full / average:.2f}x expected speed-up"
+                f"average GFLOPs ({name}): {gflops(average):.3f}, {100 * (1 - average / full):.1f} % fewer than "
+                f"the full width's {gflops(full):.3f}: {full / average:.2f}x expected speed-up"
             )
     return "\n".join(lines)

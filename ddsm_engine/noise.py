@@ -1,7 +1,7 @@
 """Noise that depends on the seed, the image and the call alone: never on batch size, neighbours or restarts.
 
-Philox4x32-10 (Salmon et al. 2011) is a function from a counter and a key to four random words; Box-Muller turns them into
-normals. key = the 64 bits of the seed; counter = (element block, call, image, stream).
+Philox4x32-10 (Salmon et al. 2011) is a function from a counter and a key to four random words; Box-Muller turns them
+into normals. key = the 64 bits of the seed; counter = (element block, call, image, stream).
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ class NoiseSchedule:
     @property
     def alphas_cumprod(self) -> NDArray[np.float64]:
         """ᾱ_t, float64, length ``timesteps``; index 0 is the clean end."""
-        return np.cumprod(1.0 - self.betas)
+        return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     def to_json(self) -> dict[str, Any]:
         """The schedule as JSON values."""

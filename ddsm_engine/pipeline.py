@@ -138,7 +138,7 @@ class Pipeline:
         seed: int = 0,
         eta: float | None = None,
         clip_sample: float | None = None,
-        x_T: Images | None = None,  # noqa: N803 - the papers' letter
+        x_T: Images | None = None,
         noise: Callable[[int], Images] | None = None,
         callback: OnCall | None = None,
     ) -> Result:
@@ -161,7 +161,7 @@ class Pipeline:
             DdsmError: an argument that does not fit the bundle, or a value that is not finite.
         """
         plan = self.plan(strategy, sampler, steps, eta=eta, clip_sample=clip_sample)
-        size = batch_size or min(num_images, DEFAULT_BATCH)
+        size = max(1, min(num_images, DEFAULT_BATCH)) if batch_size is None else batch_size
         source = None
         if x_T is not None or noise is not None:
             source = _InjectedNoise(seed, x_T, noise, (num_images, *self.bundle.manifest.spec.sample_shape))
@@ -193,8 +193,7 @@ class Pipeline:
             source: Injected noise, or None for the seed's.
             skip: Asked with the numbers of a batch's images; True leaves it out.
         """
-        if num_images < 1 or batch_size < 1:
-            raise SamplerError(f"expected at least one image and a batch of one, found {num_images} and {batch_size}")
+        check_counts(num_images, batch_size)
         seeded = SeededNoise(seed)
         if not self._lock.acquire(blocking=False):
             raise BackendError("this Pipeline is running in another thread; open one Pipeline per thread")
@@ -242,9 +241,7 @@ class Pipeline:
         started = time.perf_counter()
         for variant in dict.fromkeys(plan.variants):
             if variant not in scheduler.engines:
-                opened = open_engine(
-                    self.backend, self.bundle, self.bundle.variants[variant], batch_size, self.options
-                )
+                opened = open_engine(self.backend, self.bundle, self.bundle.variants[variant], batch_size, self.options)
                 scheduler.add(variant, opened)
         self.open_ms += (time.perf_counter() - started) * 1e3
         return scheduler
@@ -267,7 +264,11 @@ class _InjectedNoise:
     """The caller's noise where given, the seed's elsewhere; a padded batch gets zeros behind the last image."""
 
     def __init__(
-        self, seed: int, x_T: Images | None, noise: Callable[[int], Images] | None, shape: tuple[int, ...]  # noqa: N803
+        self,
+        seed: int,
+        x_T: Images | None,
+        noise: Callable[[int], Images] | None,
+        shape: tuple[int, ...],
     ) -> None:
         self.seed, self.x_T, self.noise, self.shape, self.first = seed, x_T, noise, shape, 0
         if x_T is not None:
@@ -290,6 +291,16 @@ class _InjectedNoise:
         rows = given[self.first : self.first + len(out)]
         out[: len(rows)] = rows
         out[len(rows) :] = 0
+
+
+def check_counts(num_images: int, batch_size: int) -> None:
+    """Refuse to draw nothing.
+
+    Raises:
+        SamplerError: no image, or an empty batch.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise SamplerError(f"expected at least one image and a batch of one, found {num_images} and {batch_size}")
 
 
 def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:

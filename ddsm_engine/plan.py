@@ -74,8 +74,8 @@ def compile_plan(strategy: Strategy, sampler: Sampler, variants: Iterable[Varian
     if strategy.axis == "call":
         if (strategy.sampler, strategy.steps) != (sampler.name, sampler.calls) or len(ids) != sampler.calls:
             raise StrategyError(
-                f"the strategy belongs to {strategy.sampler} with {strategy.steps} steps ({len(ids)} entries); this run "
-                f"is {sampler.name} with {sampler.calls}"
+                f"the strategy belongs to {strategy.sampler} with {strategy.steps} steps ({len(ids)} entries); this "
+                f"run is {sampler.name} with {sampler.calls}"
             )
         return plan_calls(ids, sampler, table)
     if len(ids) != table.timesteps:

@@ -16,7 +16,7 @@ from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import atomic_path, refuse_existing, set_aside, write_atomically
 from ddsm_engine.images import grid, save_png
-from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, find_bundle
+from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, check_counts, find_bundle
 from ddsm_engine.plan import Plan
 from ddsm_engine.sampler import SAMPLERS
 from ddsm_engine.trace import Trace
@@ -99,6 +99,7 @@ class _Job:
         self.strategy = pipeline.strategy(a.strategy)
         self.plan = pipeline.plan(self.strategy, a.sampler, a.steps, eta=a.eta, clip_sample=a.clip_sample)
         self.batch_size: int = max(1, min(a.num_images, DEFAULT_BATCH)) if a.batch_size is None else a.batch_size
+        check_counts(a.num_images, self.batch_size)
         self.finished: list[Batch] = []
 
     def into_file(self, output: Path) -> None:
@@ -137,13 +138,17 @@ class _Job:
         a = self.arguments
         total = len(self.plan.variants) * -(-a.num_images // self.batch_size)
         with tqdm(total=total, unit="call", disable=not sys.stderr.isatty()) as bar:
+
+            def advance(*_: object) -> None:
+                bar.update()
+
             batches = self.pipeline.batches(
                 self.plan,
                 num_images=a.num_images,
                 batch_size=self.batch_size,
                 seed=a.seed,
-                callback=lambda call, t, x: bar.update() and None,
-                skip=lambda images: existing.issuperset(images),
+                callback=advance,
+                skip=existing.issuperset,
             )
             try:
                 for batch in batches:
@@ -192,8 +197,8 @@ def _report(trace: Trace, plan: Plan, output: Path, *, verbose: bool) -> None:
         print(f"plan: {plan}")
         for s in trace.segments:
             print(
-                f"batch {s.batch}  {s.variant}  calls {s.first_call}…{s.first_call + s.calls - 1}  {s.latency_ms:.2f} ms  "
-                f"swap {s.swap_ms:.3f} ms"
+                f"batch {s.batch} {s.variant} calls {s.first_call}…{s.first_call + s.calls - 1}  {s.latency_ms:.2f} ms"
+                f"  swap {s.swap_ms:.3f} ms"
             )
     print(
         f"{output}: {trace.images} images in {trace.latency_ms / 1e3:.2f} s, {trace.images_per_s:.2f} images/s "

@@ -5,8 +5,8 @@ A call evaluates the network once and then updates the state,
     x_0 = clip(to_x_0[0] * x + to_x_0[1] * eps)          (only where ``clip`` is set)
     x   = update[0] * x + update[1] * eps + update[2] * x_0 + update[3] * noise
 
-Without a clip x_0 is linear in x and eps, so its part is folded into the first two coefficients: one fused update, which
-also avoids the published form's cancellation (at the noisy end x_0 is 157 times the difference of two near equals).
+Without a clip x_0 is linear in x and eps, so its part is folded into the first two coefficients: one fused update,
+which also avoids the published form's cancellation (at the noisy end x_0 is 157 times a difference of near equals).
 """
 
 from dataclasses import dataclass

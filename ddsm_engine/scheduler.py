@@ -12,7 +12,7 @@ from ddsm_engine.noise import INITIAL, PER_CALL, NoiseSource
 from ddsm_engine.plan import Plan
 
 OnCall = Callable[[int, float, NDArray[np.float32]], None]
-"""Called after each call with its number, its timestep and the unclipped state (a view that the next call overwrites)."""
+"""Called after each call with its number, its timestep and the unclipped state, which the next call overwrites."""
 
 
 class Scheduler:
@@ -76,7 +76,7 @@ class Scheduler:
         return clock
 
     def _update(self, plan: Plan, call: int, noise: NoiseSource) -> None:
-        """x ← update · (x, eps, x_0, noise), in place."""
+        """X ← update · (x, eps, x_0, noise), in place."""
         of_x, of_eps, of_x_0, of_noise = plan.update[call]
         if plan.clip is not None:
             np.multiply(self.x, plan.to_x_0[call, 0], out=self._noise)

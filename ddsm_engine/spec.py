@@ -11,6 +11,20 @@ EIGHTHS = tuple(range(2, 9))
 """The paper's search space: 2/8 … 8/8 of the channels."""
 
 
+_COUNTS = (
+    "image_size",
+    "channels",
+    "base_channels",
+    "num_res_blocks",
+    "groups",
+    "conv_multiple",
+    "linear_multiple",
+    "timesteps",
+    "time_features",
+    "time_dim",
+)
+
+
 def make_divisible(channels: float, multiple: int) -> int:
     """Round to a multiple, never losing more than a tenth (the rounding of slimmable networks and MobileNet)."""
     rounded = max(1, int(channels + multiple / 2) // multiple * multiple)
@@ -53,10 +67,7 @@ class UNetSpec:
 
     def __post_init__(self) -> None:
         """Refuse what no network can be built from."""
-        for name in (
-            "image_size channels base_channels num_res_blocks groups conv_multiple linear_multiple timesteps "
-            "time_features time_dim"
-        ).split():
+        for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 16:
                 raise SpecError(f"{name} must be a whole number from 1 to 65536, found {value!r}")
@@ -148,7 +159,7 @@ class UNetSpec:
             raise SpecError(f"an architecture spec must be an object, found {type(data).__name__}")
         names = {f.name for f in fields(cls)}
         _same_names(names, data.keys())
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         try:
             return cls(**values)
         except TypeError as error:

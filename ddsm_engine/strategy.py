@@ -112,7 +112,9 @@ class Strategy:
         by_choice |= {v.id: v.id for v in known}
         for choice in dict.fromkeys(self.choices):
             if choice not in by_choice:
-                offered = ", ".join(f"{v.id} ({spell(Fraction(v.width_mult).limit_denominator(1 << 12))})" for v in known)
+                offered = ", ".join(
+                    f"{v.id} ({spell(Fraction(v.width_mult).limit_denominator(1 << 12))})" for v in known
+                )
                 raise StrategyError(f"the strategy asks for {spell(choice)}; the bundle offers {offered}")
         return tuple(by_choice[choice] for choice in self.choices)
 
@@ -160,8 +162,8 @@ class Strategy:
         joined = " ".join(lines)
         if joined.count("[") != 1 or not joined.endswith("]"):
             raise StrategyError(
-                f"expected one list of width multipliers, found {joined.count('[')} opening brackets; a search that ran "
-                f"twice appends its second list to the first: keep one"
+                f"expected one list of width multipliers, found {joined.count('[')} opening brackets; a search that "
+                f"ran twice appends its second list to the first: keep one"
             )
         try:
             values = json.loads(joined)
@@ -209,10 +211,18 @@ def _yaml(text: str) -> object:
 def _choices(segments: Sequence[object], length: int) -> tuple[Choice, ...]:
     choices: list[Choice] = []
     for segment in segments:
-        if not isinstance(segment, dict) or set(segment) not in ({"first", "last", "width_mult"}, {"first", "last", "variant"}):
+        if not isinstance(segment, dict) or set(segment) not in (
+            {"first", "last", "width_mult"},
+            {"first", "last", "variant"},
+        ):
             raise StrategyError(f"a segment is {{first, last, width_mult or variant}}, found {segment!r}"[:200])
         first, last = segment["first"], segment["last"]
-        if not isinstance(first, int) or not isinstance(last, int) or first != len(choices) or not first <= last < length:
+        if (
+            not isinstance(first, int)
+            or not isinstance(last, int)
+            or first != len(choices)
+            or not first <= last < length
+        ):
             raise StrategyError(f"the segment {first}…{last} must begin at {len(choices)} and end before {length}")
         choice = segment["variant"] if "variant" in segment else _fraction(segment["width_mult"])
         if not isinstance(choice, str | Fraction):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Timesteps = Sequence[float] | NDArray[np.float64] | range
+Timesteps = Sequence[float] | NDArray[np.float64] | NDArray[np.int64] | range
 
 
 class TimeTable:
@@ -32,7 +32,7 @@ class TimeTable:
     @property
     def features(self) -> int:
         """Columns."""
-        return self._rows.shape[1]
+        return int(self._rows.shape[1])
 
     def __getitem__(self, timesteps: Timesteps) -> NDArray[np.float32]:
         """Rows for these timesteps, float32 [len(timesteps), features]."""

@@ -1,6 +1,6 @@
 """One small supernet and one small bundle serve the whole suite."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,15 @@ from tests.oracle.dynamic_unet import TABLE, Config, published_state_dict
 from tests.oracle.names import product_spec, product_weights
 
 CONFIG = Config(
-    ch=32, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, groups=4, conv_multiple=4, linear_multiple=4, T=1000, in_channels=3
+    ch=32,
+    ch_mult=(1, 2),
+    attn=(1,),
+    num_res_blocks=1,
+    groups=4,
+    conv_multiple=4,
+    linear_multiple=4,
+    T=1000,
+    in_channels=3,
 )
 TINY = product_spec(CONFIG, image_size=8)
 STATE = published_state_dict(CONFIG, seed=0)
@@ -50,7 +58,7 @@ Refusal = Callable[..., str]
 
 
 @pytest.fixture
-def refusal(capsys: pytest.CaptureFixture[str]) -> Iterator[Refusal]:
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
     """Run a command that must be refused: exit 1 and exactly one line on stderr, which is returned."""
 
     def run(main: Callable[[list[str]], int], *arguments: object) -> str:
@@ -61,4 +69,4 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Iterator[Refusal]:
         assert lines[0].startswith("error: ")
         return lines[0]
 
-    yield run
+    return run

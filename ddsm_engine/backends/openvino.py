@@ -36,7 +36,9 @@ class OpenVINOEngine:
             BackendError: the device or precision is not there, or the file does not compile.
         """
         if options.device != "cpu":
-            raise BackendError(f"the openvino backend runs on the CPU, found --device {options.device}; use onnxruntime")
+            raise BackendError(
+                f"the openvino backend runs on the CPU, found --device {options.device}; use onnxruntime"
+            )
         capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = options.precision
         if self.precision == "auto":

@@ -68,8 +68,6 @@ def measure_latency(
             engine.close()
     full = bundle.full
     return [
-        LatencyRow(
-            v, batch, timings[v.id], full.macs / v.macs, timings[full.id].median_ms / timings[v.id].median_ms
-        )
+        LatencyRow(v, batch, timings[v.id], full.macs / v.macs, timings[full.id].median_ms / timings[v.id].median_ms)
         for v in variants
     ]

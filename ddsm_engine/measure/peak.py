@@ -43,4 +43,5 @@ def _openvino_matmul(precision: str, threads: int) -> Callable[[], object]:
         config["INFERENCE_NUM_THREADS"] = threads
     request = core().compile_model(model, "CPU", config).create_infer_request()
     request.set_input_tensor(ov.Tensor(np.ones((SIZE, SIZE), np.float32)))
-    return lambda: request.infer()
+    infer: Callable[[], object] = request.infer
+    return infer

@@ -30,6 +30,8 @@ def slice_weights(weights: Mapping[str, Tensor], unet: UNet) -> dict[str, Tensor
 def subnetwork(spec: UNetSpec, weights: Mapping[str, Tensor], width: int) -> UNet:
     """Cut one static sub-network: its weights are copies, in evaluation mode."""
     unet = empty_unet(spec, width)
-    cut = {name: block.clone(memory_format=torch.contiguous_format) for name, block in slice_weights(weights, unet).items()}
+    cut = {
+        name: block.clone(memory_format=torch.contiguous_format) for name, block in slice_weights(weights, unet).items()
+    }
     unet.load_state_dict(cut, strict=True, assign=True)
     return unet.eval().requires_grad_(requires_grad=False)

@@ -14,7 +14,7 @@ NORM_EPS = 1e-5
 
 
 def swish(x: Tensor) -> Tensor:
-    """x · sigmoid(x), written as the published network computes it: ``F.silu`` rounds differently."""
+    """X · sigmoid(x), written as the published network computes it: ``F.silu`` rounds differently."""
     return x * torch.sigmoid(x)
 
 

@@ -95,7 +95,12 @@ def export_bundle(
         (folder / "README.md").write_text(card(supernet, variants), encoding="utf-8")
         if supernet.time_table is not None:
             save_file({TIME_TABLE_KEY: supernet.time_table}, folder / TIME_TABLE)
-        written = [WEIGHTS, "README.md", *([TIME_TABLE] if supernet.time_table is not None else []), *(f"strategies/{name}.yaml" for name in strategies or {})]
+        written = [
+            WEIGHTS,
+            "README.md",
+            *([TIME_TABLE] if supernet.time_table is not None else []),
+            *(f"strategies/{name}.yaml" for name in strategies or {}),
+        ]
         manifest = Manifest(
             spec=supernet.spec,
             noise_schedule=supernet.noise_schedule,

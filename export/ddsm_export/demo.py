@@ -78,8 +78,8 @@ def demo(output: Path, *, num_images: int, force: bool) -> None:
     _print_table(rows, results, plan)
     where = output / "fashion-mnist.bundle"
     print(
-        f"\n{output}/ holds full.png, coarse.png, latency.png, trace.json and the bundle ({time.monotonic() - started:.0f} s)."
-        f"\nWith a supernet of your own:\n"
+        f"\n{output}/ holds full.png, coarse.png, latency.png, trace.json and the bundle "
+        f"({time.monotonic() - started:.0f} s).\nWith a supernet of your own:\n"
         f"  ddsm-export ckpt.pt -o my.bundle        # flagfile.txt beside it, or --groups --image-size …\n"
         f"  ddsm inspect my.bundle\n"
         f"  python -m ddsm_engine.run --bundle my.bundle --strategy search.txt -o images.png\n"

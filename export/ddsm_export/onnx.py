@@ -76,6 +76,7 @@ class ExportForm(nn.Module):
                     setattr(owner, name, _Float32Norm(child, target))
 
     def forward(self, sample: Tensor, time_features: Tensor) -> Tensor:
+        """[B, C, H, W] and [B, features], float32 → [B, C, H, W], float32."""
         projections = self.projection(self.time(time_features)).to(self.dtype).split(self.sizes, dim=1)
         return self.unet.denoise(sample.to(self.dtype), list(projections))
 

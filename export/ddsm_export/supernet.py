@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddsm_engine.errors import CheckpointError, DdsmError
 from ddsm_engine.files import atomic_path
-from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.networks.slicing import empty_unet
+from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import TimeTable
 

@@ -34,7 +34,13 @@ def test_an_image_s_noise_does_not_depend_on_its_batch() -> None:
 
 def test_seed_call_image_and_stream_each_give_other_noise() -> None:
     base = draw(7, 0, 2)
-    others = [draw(8, 0, 2), draw(7, 2, 2), draw(7, 0, 2, call=4), draw(7, 0, 2, stream=INITIAL), draw(7 + (1 << 32), 0, 2)]
+    others = [
+        draw(8, 0, 2),
+        draw(7, 2, 2),
+        draw(7, 0, 2, call=4),
+        draw(7, 0, 2, stream=INITIAL),
+        draw(7 + (1 << 32), 0, 2),
+    ]
     assert all(abs(np.corrcoef(base.ravel(), other.ravel())[0, 1]) < 0.3 for other in others)
 
 

@@ -81,7 +81,9 @@ def dynamic_eps(strategy: Strategy) -> Any:
 def states_of(backend: str, bundle: Bundle, plan: Plan, x_T: Array, noises: list[Array]) -> list[Array]:
     scheduler = Scheduler(SHAPE, TINY.time_features)
     for variant in set(plan.variants):
-        opened = open_engine(backend, bundle, bundle.variants[variant], len(x_T), EngineOptions(precision="fp32", threads=1))
+        opened = open_engine(
+            backend, bundle, bundle.variants[variant], len(x_T), EngineOptions(precision="fp32", threads=1)
+        )
         scheduler.add(variant, DampedEngine(opened))
     states: list[Array] = []
     scheduler.run(plan, GivenNoise(x_T, noises), lambda call, t, x: states.append(x.copy()))

@@ -31,7 +31,12 @@ def test_a_timestep_strategy_is_looked_up_at_the_visited_timesteps(bundle: Bundl
     strategy = Strategy.load(PUBLISHED)
     sampler = ddim(SCHEDULE, steps)
     plan = compile_plan(strategy, sampler, bundle.manifest.variants, bundle.time_table())
-    expected = {Fraction(1): "w032", Fraction(3, 4): "w024", Fraction(1, 2): "w016", Fraction(1, 4): "w008"}
+    expected: dict[Fraction | str, str] = {
+        Fraction(1): "w032",
+        Fraction(3, 4): "w024",
+        Fraction(1, 2): "w016",
+        Fraction(1, 4): "w008",
+    }
     assert list(plan.variants) == [expected[strategy.choices[int(t)]] for t in sampler.timesteps]
     assert len(plan.segments) - 1 == swaps
 
@@ -58,6 +63,8 @@ def test_a_call_strategy_of_another_sampler_is_refused(bundle: Bundle) -> None:
         compile_plan(strategy, ddim(SCHEDULE, 20), bundle.manifest.variants, bundle.time_table())
 
 
-@pytest.mark.parametrize(("t", "entry"), [(0.0, 0), (0.4, 0), (0.5, 0), (0.6, 1), (998.5, 998), (999.4, 999), (1500.0, 999)])
+@pytest.mark.parametrize(
+    ("t", "entry"), [(0.0, 0), (0.4, 0), (0.5, 0), (0.6, 1), (998.5, 998), (999.4, 999), (1500.0, 999)]
+)
 def test_a_fractional_timestep_takes_the_nearest_entry(t: float, entry: int) -> None:
     assert nearest_timestep(t, 1000) == entry

@@ -18,7 +18,7 @@ TOLERANCE = 2e-4
 
 def predicted_noise(x: Array, t: float, alphas_cumprod: Array) -> Array:
     """A denoiser that keeps x near unit scale and is not linear, so that a wrong coefficient shows."""
-    return x * np.sqrt(1 - alphas_cumprod[round(t)]) + 0.1 * np.sin(3 * x + t / 100)
+    return np.asarray(x * np.sqrt(1 - alphas_cumprod[round(t)]) + 0.1 * np.sin(3 * x + t / 100))
 
 
 def run_table(sampler: Sampler, x: Array, noises: list[Array], eps_of: Callable[[Array, float], Array]) -> list[Array]:
@@ -64,13 +64,16 @@ def run_diffusers(
     ],
 )
 def test_whole_trajectories_equal_diffusers(
-    name: str, steps: int, eta: float | None, variance: VarianceType, clip: float | None, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    steps: int,
+    eta: float | None,
+    variance: VarianceType,
+    clip: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     schedule = NoiseSchedule(1e-4, 0.02, 200, variance)
     common = {"num_train_timesteps": 200, "clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
-    other = (
-        DDPMScheduler(**common, variance_type=variance) if name == "ddpm" else DDIMScheduler(**common)
-    )
+    other = DDPMScheduler(**common, variance_type=variance) if name == "ddpm" else DDIMScheduler(**common)
     rng = np.random.default_rng(steps)
     x, noises = rng.standard_normal(SHAPE), [rng.standard_normal(SHAPE) for _ in range(steps)]
 

@@ -312,7 +312,7 @@ def _spec_and_schedule(topology: _Topology, facts: Facts) -> tuple[UNetSpec, Noi
     return spec, NoiseSchedule(facts.beta_start, facts.beta_end, topology.timesteps, facts.variance_type)
 
 
-def _check_sample(x_T: object, spec: UNetSpec) -> None:  # noqa: N803 - the checkpoint's own name
+def _check_sample(x_T: object, spec: UNetSpec) -> None:
     """The noise that the training run sampled its previews from has the shape of its images."""
     if isinstance(x_T, Tensor) and x_T.dim() == 4 and tuple(x_T.shape[1:]) != spec.sample_shape:
         raise CheckpointError(

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="ddsm train",
         description="Train a supernet with the sandwich rule. Started again with the same options, it resumes.",
     )
-    p.add_argument("data", type=Path, help="a folder of images, .npz, an IDX file, or a folder of CIFAR-10 .bin batches")
+    p.add_argument("data", type=Path, help="a folder of images, .npz, an IDX file, or a folder of CIFAR-10 .bin")
     p.add_argument("-o", "--output", type=Path, required=True, help="folder for the supernet, state, log and samples")
     p.add_argument("--images", type=int, default=57_600_000, help="images to draw in all (paper: 450,000 x 128)")
     net = p.add_argument_group("network")

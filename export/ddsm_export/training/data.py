@@ -3,7 +3,6 @@
 import gzip
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +75,8 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
         with Image.open(file) as picture:
             square = min(picture.size)
             left, top = (picture.width - square) // 2, (picture.height - square) // 2
-            picture = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + square, top + square))
-            pixels = np.asarray(picture.resize((image_size, image_size), Image.Resampling.LANCZOS))
+            centre = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + square, top + square))
+            pixels = np.asarray(centre.resize((image_size, image_size), Image.Resampling.LANCZOS))
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{file} is not a readable image: {error}") from error
     return _channels_first(pixels[None])[0]
@@ -102,11 +101,12 @@ def _channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with cast("BinaryIO", opened) as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         magic, count, height, width = (int.from_bytes(file.read(4), "big") for _ in range(4))
         if magic != IDX_UINT8_IMAGES or not 0 < height <= 1024 or not 0 < width <= 1024:
-            raise DataError(f"{path} is not an IDX file of images (magic {magic:#010x}, expected {IDX_UINT8_IMAGES:#010x})")
+            raise DataError(
+                f"{path} is not an IDX file of images (magic {magic:#010x}, expected {IDX_UINT8_IMAGES:#010x})"
+            )
         expected = count * height * width
         data = file.read(expected + 1)
     if len(data) != expected:

@@ -113,7 +113,8 @@ def widths_of_step(widths: tuple[int, ...], middle: int, generator: torch.Genera
 class Trainer:
     """Owns the state, the optimiser over it, and the static networks the widths are called through.
 
-    ``bf16`` computes under autocast; it is not part of the recipe, so a training may resume on another machine."""
+    ``bf16`` computes under autocast; it is not part of the recipe, so a training may resume on another machine.
+    """
 
     def __init__(
         self,

@@ -1,0 +1,197 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddsm_engine import run
+from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
+from ddsm_engine.cli import main as umbrella
+from ddsm_engine.pipeline import Pipeline
+from ddsm_engine.strategy import Strategy
+from tests.conftest import TINY, Refusal
+
+FAST = ["--strategy", "coarse", "--sampler", "ddim", "--steps", "3", "--backend", "onnxruntime", "--threads", "1"]
+
+
+def pixels(file: Path) -> NDArray[np.uint8]:
+    with Image.open(file) as picture:
+        return np.asarray(picture)
+
+
+def array(file: Path) -> NDArray[np.float32]:
+    with np.load(file) as arrays:
+        images: NDArray[np.float32] = arrays["images"]
+        return images
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle_path: Path) -> Path:
+    """A working directory that holds one bundle."""
+    shutil.copytree(bundle_path, tmp_path / "tiny.bundle")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_grid_is_drawn_with_the_only_bundle_here(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([*FAST, "--num-images", "4", "-o", "grid.png", "--trace", "trace.json", "-v"]) == 0
+    assert pixels(here / "grid.png").shape == (2 * 8 + 2, 2 * 8 + 2, 3)
+    out = capsys.readouterr().out
+    assert "plan: w016×1, w024×1, w032×1; 3 calls, 2 swaps" in out
+    assert "grid.png: 4 images in" in out
+    trace = json.loads((here / "trace.json").read_text())
+    assert [segment["variant"] for segment in trace["segments"]] == ["w016", "w024", "w032"]
+    assert trace["backend"] == "onnxruntime"
+
+
+def test_the_array_holds_what_the_pipeline_draws(here: Path, bundle_path: Path) -> None:
+    assert run.main([*FAST, "--num-images", "5", "--batch-size", "2", "--seed", "3", "-o", "x.npz"]) == 0
+    images = array(here / "x.npz")
+    assert images.dtype == np.float32
+    with Pipeline.from_bundle(bundle_path, backend="onnxruntime", threads=1) as pipe:
+        expected = pipe("coarse", "ddim", 3, num_images=5, batch_size=2, seed=3)
+    assert np.array_equal(images, expected.images)
+
+
+def test_a_folder_holds_one_png_an_image_and_what_they_are(here: Path) -> None:
+    assert run.main([*FAST, "--num-images", "3", "-o", "images"]) == 0
+    names = sorted(file.name for file in (here / "images").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "run.json"]
+    assert pixels(here / "images/000001.png").shape == (8, 8, 3)
+    assert json.loads((here / "images/run.json").read_text())["seed"] == 0
+
+
+def test_a_resumed_folder_ends_with_the_same_files(here: Path) -> None:
+    arguments = [*FAST, "--num-images", "6", "--batch-size", "2"]
+    assert run.main([*arguments, "-o", "whole"]) == 0
+    assert run.main([*arguments, "-o", "part"]) == 0
+    for number in (2, 3, 5):
+        (here / f"part/{number:06d}.png").unlink()
+    assert run.main([*arguments, "-o", "part", "--resume"]) == 0
+    for file in (here / "whole").iterdir():
+        assert (here / "part" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(("option", "value", "named"), [("--seed", "1", "seed"), ("--steps", "4", "steps")])
+def test_another_run_cannot_be_resumed(here: Path, refusal: Refusal, option: str, value: str, named: str) -> None:
+    assert run.main([*FAST, "--num-images", "1", "-o", "images"]) == 0
+    line = refusal(run.main, *FAST, "--num-images", "1", "-o", "images", "--resume", option, value)
+    assert f"records another {named}" in line
+
+
+RUN = OnnxRuntimeEngine.run
+
+
+def interrupt_after(calls: int) -> Callable[[Any], None]:
+    count = 0
+
+    def counted(self: OnnxRuntimeEngine) -> None:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise KeyboardInterrupt
+        RUN(self)
+
+    return counted
+
+
+def test_ctrl_c_keeps_finished_images(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", interrupt_after(7))  # two batches of three calls, and a bit
+    assert run.main([*FAST, "--num-images", "6", "--batch-size", "2", "-o", "images"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; what was finished is kept"
+    assert len(list((here / "images").glob("*.png"))) == 4
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", interrupt_after(7))
+    assert run.main([*FAST, "--num-images", "6", "--batch-size", "2", "-o", "x.npz"]) == 1
+    assert len(array(here / "x.npz")) == 4
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert run.main([*FAST, "--num-images", "6", "--batch-size", "2", "-o", "images", "--resume"]) == 0
+    assert len(list((here / "images").glob("*.png"))) == 6
+
+
+@pytest.mark.parametrize("output", ["old.png", "old.npz", "old"])
+def test_an_interrupted_replacement_leaves_the_old_output(
+    here: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    old = here / output
+    if output == "old":
+        old.mkdir()
+        (old / "keep.txt").write_text("old")
+    else:
+        old.write_text("old")
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", interrupt_after(1))
+    assert run.main([*FAST, "-o", output, "--force"]) == 1
+    assert (old / "keep.txt" if output == "old" else old).read_text() == "old"
+    assert sorted(file.name for file in here.iterdir()) == sorted([output, "tiny.bundle"])
+
+
+def test_force_replaces_and_only_force(here: Path, refusal: Refusal) -> None:
+    (here / "images.png").write_text("old")
+    assert "exists already" in refusal(run.main, *FAST)
+    assert (here / "images.png").read_text() == "old"
+    assert run.main([*FAST, "--num-images", "1", "--force"]) == 0
+    assert pixels(here / "images.png").shape == (8, 8, 3)
+
+
+def test_a_strategy_file_finds_the_bundle_that_holds_it(bundle_path: Path, tmp_path: Path) -> None:
+    file = bundle_path / "strategies/coarse.yaml"
+    arguments = ["--strategy", str(file), *FAST[2:], "--num-images", "1", "-o", str(tmp_path / "x.png")]
+    assert run.main(arguments) == 0
+
+
+def test_the_umbrella_command_runs_the_same(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert umbrella(["run", *FAST, "--num-images", "1", "-o", "u.png"]) == 0
+    assert umbrella(["paint"]) == 2
+    assert "unknown verb 'paint'" in capsys.readouterr().err
+    assert umbrella(["--help"]) == 0
+    assert "inspect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "nothing"], "has no strategy 'nothing'; it has: coarse"),
+        (["--strategy", "uniform:1/3"], "the bundle offers w008"),
+        (["--strategy", "uniform:9/8"], "must lie in (0, 1]"),
+        (["--bundle", "elsewhere"], "elsewhere is not a bundle"),
+        (["--steps", "0"], "1 to 1000 steps"),
+        (["--sampler", "ddpm"], "ddpm runs all 1000 timesteps"),
+        (["--num-images", "0"], "at least one image"),
+        (["--batch-size", "0"], "at least one image"),
+        (["--seed", "-1"], "a seed is"),
+        (["--device", "cuda"], "no device 'cuda'"),
+        (["--precision", "bf16"], "no bf16 arithmetic"),
+        (["--backend", "openvino", "--device", "cuda"], "runs on the CPU"),
+        (["-o", "x.jpg"], "must end in .png"),
+        (["-o", "x.png", "--resume"], "finishes a folder"),
+        (["-o", "nothing", "--resume"], "cannot be resumed"),
+        (["-o", "tiny.bundle/manifest.json/x.png"], "is not a folder"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_nothing_is_written(
+    here: Path, refusal: Refusal, arguments: list[str], message: str
+) -> None:
+    assert message in refusal(run.main, *FAST, *arguments)
+    assert [file.name for file in here.iterdir()] == ["tiny.bundle"]
+
+
+def test_a_strategy_of_the_wrong_length_is_refused(here: Path, refusal: Refusal) -> None:
+    Strategy.uniform(0.5, 999).save(here / "short.yaml")
+    assert "has 999 entries" in refusal(run.main, *FAST, "--strategy", "short.yaml")
+
+
+def test_several_bundles_must_be_told_apart(here: Path, refusal: Refusal) -> None:
+    shutil.copytree(here / "tiny.bundle", here / "other.bundle")
+    assert "found 2; name one with --bundle" in refusal(run.main, *FAST)
+
+
+def test_the_shape_of_images_follows_the_bundle(here: Path) -> None:
+    assert run.main([*FAST, "--num-images", "2", "-o", "x.npz"]) == 0
+    assert array(here / "x.npz").shape == (2, *TINY.sample_shape)
