@@ -22,6 +22,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         temporary = scratch / target.name
         yield temporary
+        _give_ordinary_modes(temporary, scratch)
         flush_to_disk(temporary)
         os.replace(temporary, target)
         _sync_folder(target.parent)
@@ -33,6 +34,15 @@ def write_atomically(target: Path, data: bytes) -> None:
     """Write one file whole or not at all."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(data)
+
+
+def _give_ordinary_modes(path: Path, scratch: Path) -> None:
+    """Let the user's umask decide who may read: some writers make private files and would leave them so."""
+    ordinary = scratch / ".mode"
+    ordinary.touch()
+    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if item.is_file():
+            item.chmod(ordinary.stat().st_mode)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -25,6 +25,8 @@ from ddsm_engine.strategy import Strategy
 
 SUPERNET = "fashion_mnist.safetensors"
 STEPS = 50
+ROUNDS = 2
+BATCH = 8
 
 COARSE = ((0, Fraction(8, 8)), (266, Fraction(6, 8)), (470, Fraction(4, 8)))
 """First timestep and width of each run: the published CIFAR-10 strategy without its noise block, 3 runs, 2 swaps."""
@@ -36,13 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="ddsm demo", description="Cut, export, run and measure the supernet that comes with this package."
     )
     p.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder to write (default: demo)")
-    p.add_argument("--num-images", type=int, default=16)
     p.add_argument("--force", action="store_true", help="replace the folder")
     arguments = p.parse_args(argv)
-    return guarded(lambda: demo(arguments.output, num_images=arguments.num_images, force=arguments.force))
+    return guarded(lambda: demo(arguments.output, force=arguments.force))
 
 
-def demo(output: Path, *, num_images: int, force: bool) -> None:
+def demo(output: Path, *, force: bool) -> None:
     """Write the bundle, image grids, a trace and a picture, and print the honest table.
 
     Raises:
@@ -61,18 +62,22 @@ def demo(output: Path, *, num_images: int, force: bool) -> None:
         bundle = folder / "fashion-mnist.bundle"
         print("cutting and exporting the widths", flush=True)
         export_bundle(supernet, bundle, ExportOptions(), strategies={"coarse": strategy}, report=_say)
-        print(f"\ndrawing {num_images} images twice with DDIM {STEPS}: full width and strategy", flush=True)
+        print(
+            f"\ndrawing {ROUNDS * BATCH} images with DDIM {STEPS}, by the full width and by the strategy, in turns",
+            flush=True,
+        )
         with Pipeline.from_bundle(bundle) as pipeline:
-            results = {name: _draw(pipeline, name, num_images) for name in ("uniform:8/8", "coarse")}
+            results = _draw_in_turns(pipeline)
             plan = pipeline.plan("coarse", "ddim", STEPS)
             options = EngineOptions(precision="fp32" if pipeline.precision == "fp32" else "bf16")
             rows = measure_latency(
-                pipeline.bundle, pipeline.bundle.manifest.variants, pipeline.backend, num_images, options, repeats=7
+                pipeline.bundle, pipeline.bundle.manifest.variants, pipeline.backend, BATCH, options, repeats=9
             )
-        for name, result in results.items():
-            save_png(grid(result.images, columns=8), folder / f"{'full' if ':' in name else name}.png")
         trace = {"environment": environment(), "plan": str(plan)}
-        trace |= {name: result.trace.to_json() for name, result in results.items()}
+        for name, rounds in results.items():
+            images = np.concatenate([result.images for result in rounds])
+            save_png(grid(images, columns=8), folder / f"{name}.png")
+            trace[name] = [result.trace.to_json() for result in rounds]
         (folder / "trace.json").write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
         draw_picture(plan, rows, folder / "latency.png")
     _print_table(rows, results, plan)
@@ -91,14 +96,20 @@ def _say(line: str) -> None:
     print(f"  {line}", flush=True)
 
 
-def _draw(pipeline: Pipeline, strategy: str, num_images: int) -> Result:
-    """Draw once to warm up (one call's worth of pages and caches), once for the record."""
-    pipeline(strategy, "ddim", 2, num_images=num_images, batch_size=num_images)
-    return pipeline(strategy, "ddim", STEPS, num_images=num_images, batch_size=num_images)
+def _draw_in_turns(pipeline: Pipeline) -> dict[str, list[Result]]:
+    """Full width, strategy, full width, strategy: a machine whose speed drifts treats both alike."""
+    strategies = {"full": "uniform:8/8", "coarse": "coarse"}
+    results: dict[str, list[Result]] = {name: [] for name in strategies}
+    for name, strategy in strategies.items():
+        pipeline(strategy, "ddim", 2, num_images=BATCH, batch_size=BATCH)  # warm up
+    for seed in range(ROUNDS):
+        for name, strategy in strategies.items():
+            results[name].append(pipeline(strategy, "ddim", STEPS, num_images=BATCH, batch_size=BATCH, seed=seed))
+    return results
 
 
-def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Result], plan: Plan) -> None:
-    trace = results["coarse"].trace
+def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Result]], plan: Plan) -> None:
+    trace = results["coarse"][0].trace
     print(f"\n{trace.backend} {trace.precision}, batch {trace.batch_size}; ms are per image and call, median")
     print(f"{'width':>10} {'GFLOPs':>8} {'ms':>8} {'expected':>9} {'measured':>9}")
     for row in rows:
@@ -110,14 +121,15 @@ def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Result], plan
     macs = {row.variant.id: row.variant.macs for row in rows}
     full_row = max(rows, key=lambda row: row.variant.macs)
     theoretical = full_row.variant.macs / float(np.mean([macs[v] for v in plan.variants]))
-    full, coarse = results["uniform:8/8"].trace, trace
-    realised = full.latency_ms / coarse.latency_ms
+    seconds = {name: sum(r.trace.latency_ms for r in rounds) / 1e3 for name, rounds in results.items()}
+    images = sum(len(result.images) for result in results["full"])
+    realised = seconds["full"] / seconds["coarse"]
     peak = matmul_peak_gflops(trace.precision)
     print(f"\nplan: {plan}")
     print(
         f"strategy: expected {theoretical:.2f}x, measured {realised:.2f}x, R = {realised / theoretical:.2f} "
         f"(full width at {100 * full_row.gflops_per_s / peak:.0f} % of this machine's {peak:.0f} GFLOP/s)\n"
-        f"images per second: {full.images_per_s:.2f} full width, {coarse.images_per_s:.2f} strategy"
+        f"images per second: {images / seconds['full']:.2f} full width, {images / seconds['coarse']:.2f} strategy"
     )
 
 

@@ -3,7 +3,6 @@
 The file is a pickle of tensors without any configuration. Keys and shapes tell the topology; ``Facts`` tell the rest.
 """
 
-import pickle
 import re
 import struct
 import warnings
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError  # the name of an error, nothing that loads
 from typing import Any, Literal
 
 import numpy as np
@@ -57,7 +57,7 @@ _MOST_BYTES = 1 << 36
 
 # What an unpickler and an archive reader raise on bytes that were not written for them.
 _UNREADABLE = (
-    pickle.UnpicklingError,
+    UnpicklingError,
     zipfile.BadZipFile,
     SafetensorError,
     struct.error,
@@ -163,7 +163,7 @@ def _why_unreadable(error: BaseException) -> str:
     text = str(error)
     # torch's own advice (several lines) is to trust the file, which is not ours to give.
     found = re.search(r"GLOBAL (\S+)|unrecognized function (.+)|but got (<class .+>)", text)
-    if isinstance(error, pickle.UnpicklingError) and found is not None:
+    if isinstance(error, UnpicklingError) and found is not None:
         name = next(group for group in found.groups() if group)
         return (
             f"was refused: it holds code or objects other than tensors ({name[:80]}), which are never run; save the "
@@ -173,7 +173,7 @@ def _why_unreadable(error: BaseException) -> str:
         return "was refused: it is a TorchScript program, not weights; give the training checkpoint"
     # What the unpickler says of damage is advice, too; an archive reader names the damage in its first sentence.
     detail = type(error).__name__
-    if text and not isinstance(error, pickle.UnpicklingError):
+    if text and not isinstance(error, UnpicklingError):
         sentence = re.split(r"[.] |\n", text)[0]
         detail += f": {sentence[:160]}"
     return f"is truncated, damaged or no checkpoint of torch.save ({detail}); copy it again"

@@ -2,6 +2,7 @@
 
 import gzip
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
             images = _read_array(path)
         else:
             images = _read_idx(path)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} could not be read as training images: {error}") from error
     if images.dtype != np.uint8 or len(images) == 0:
         raise DataError(f"{path} must hold uint8 images, found {images.dtype} with {len(images)} of them")
@@ -77,18 +78,20 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
             left, top = (picture.width - square) // 2, (picture.height - square) // 2
             centre = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + square, top + square))
             pixels = np.asarray(centre.resize((image_size, image_size), Image.Resampling.LANCZOS))
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{file} is not a readable image: {error}") from error
     return _channels_first(pixels[None])[0]
 
 
 def _read_array(path: Path) -> NDArray[np.uint8]:
     loaded = np.load(path, allow_pickle=False)
-    if path.suffix == ".npz":
+    if isinstance(loaded, np.lib.npyio.NpzFile):
         names = loaded.files
         if "images" not in names and len(names) != 1:
             raise DataError(f"{path} must hold an array named 'images' (or only one array), found {names}")
         loaded = loaded["images" if "images" in names else names[0]]
+    if not isinstance(loaded, np.ndarray):
+        raise DataError(f"{path} must hold an array, found {type(loaded).__name__}")
     return _channels_first(loaded)
 
 
@@ -97,7 +100,7 @@ def _channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return images[:, None]
     if images.ndim == 4 and images.shape[-1] in (1, 3):
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    raise DataError(f"images must be [N, H, W] or [N, H, W, 1 or 3], found shape {images.shape}")
+    raise ValueError(f"images must be [N, H, W] or [N, H, W, 1 or 3], found shape {images.shape}")
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:

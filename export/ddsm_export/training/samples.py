@@ -34,5 +34,6 @@ def draw(supernet: Supernet, width: int, *, count: int, steps: int, seed: int = 
 
 def save_grids(supernet: Supernet, widths: Sequence[int], folder: Path, *, count: int = 16, steps: int = 50) -> None:
     """Write ``w016.png`` … of every width."""
+    steps = min(steps, supernet.spec.timesteps)
     for width in widths:
         save_png(grid(draw(supernet, width, count=count, steps=steps), columns=8), folder / f"w{width:03d}.png")

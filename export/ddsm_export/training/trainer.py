@@ -134,6 +134,8 @@ class Trainer:
         alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)
         self.signal, self.noise = alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
         self.time_table = torch.from_numpy(sinusoid(range(schedule.timesteps), spec.time_features))
+        # A state that was read has another order, and the order of the clip's sum decides its last bit.
+        state.weights, state.ema = dict(sorted(state.weights.items())), dict(sorted(state.ema.items()))
         for tensor in state.weights.values():
             tensor.requires_grad_()
         self.optimizer = torch.optim.Adam(state.weights.values(), lr=config.learning_rate, fused=True)
@@ -300,5 +302,9 @@ def run_training(
             if time.monotonic() - saved > save_every_s:
                 on_save()
                 saved = time.monotonic()
-    finally:
+    except CheckpointError:
+        raise  # weights that gave no finite loss must not replace the last good state
+    except BaseException:
         on_save()
+        raise
+    on_save()

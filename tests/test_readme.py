@@ -1,0 +1,100 @@
+"""Every command of the README is executed; the two that install are run by ``.ci/run``."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import CONFIG, STATE
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(console|python)\n(.*?)```", README, flags=re.DOTALL)
+INSTALLS = "python -m pip install"
+COMMANDS = [line for kind, block in BLOCKS if kind == "console" for line in block.strip().splitlines()]
+CODE = [block for kind, block in BLOCKS if kind == "python"]
+
+FLAGFILE = f"""--ch={CONFIG.ch}
+--groups_note=unknown flags are ignored
+--slimmable_unet
+--noslimmable_g16
+--img_size=8
+--beta_1=0.0001
+--beta_T=0.02
+--var_type=fixedlarge
+--mean_type=epsilon
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: a published-style checkpoint with its flagfile, a search's output, and training images."""
+    path = tmp_path_factory.mktemp("readme")
+    torch.save({"net_model": STATE, "ema_model": STATE, "sched": {}, "optim": {}, "step": 7}, path / "ckpt.pt")
+    (path / "flagfile.txt").write_text(FLAGFILE)
+    (path / "search.txt").write_text(str([1, 1] * 200 + [0.75] * 200 + [0.5] * 400))
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 8, 8, 3), dtype=np.uint8)
+    np.savez(path / "images.npz", images=pixels)
+    return path
+
+
+def run(command: str, folder: Path) -> str:
+    """Run one line of the README where its files are, with the environment's own commands."""
+    first, *rest = command.split()
+    program = [sys.executable] if first == "python" else [str(Path(sys.executable).with_name(first))]
+    done = subprocess.run([*program, *rest], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_the_readme_names_the_two_install_lines() -> None:
+    installs = [line for line in COMMANDS if line.startswith(INSTALLS)]
+    assert installs == [
+        'python -m pip install -c constraints.txt -e ".[cpu,export]" && ddsm demo',
+        'python -m pip install -c constraints.txt -e ".[dev]" && python -m pytest',
+    ]
+
+
+def test_every_other_command_works_in_order(folder: Path) -> None:
+    commands = [line for line in COMMANDS if not line.startswith(INSTALLS)]
+    assert len(commands) >= 7
+    output = {}
+    for command in commands:
+        # The tiny checkpoint needs rounding of its own; the published one does not.
+        extra = " --groups 4 --conv-multiple 4 --linear-multiple 4" if command.startswith("ddsm-export ckpt.pt") else ""
+        output[command] = run(command + extra, folder)
+    assert "7 variants" in output["ddsm-export ckpt.pt -o my.bundle"]
+    assert "2 swaps" in output["ddsm inspect search.txt --bundle my.bundle"]
+    assert (folder / "images.png").stat().st_size > 0
+    assert len(list((folder / "images").glob("*.png"))) == 16
+    assert (folder / "training" / "supernet.safetensors").exists()
+
+
+def test_the_python_example_runs_as_it_stands(folder: Path) -> None:
+    assert (folder / "my.bundle").is_dir(), "made by the commands above"
+    (code,) = CODE
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(4, 3, 8, 8) ")
+
+
+def test_the_demo_writes_what_the_readme_says(tmp_path: Path) -> None:
+    out = run("ddsm demo", tmp_path)
+    written = {file.name for file in (tmp_path / "demo").iterdir()}
+    assert written == {"fashion-mnist.bundle", "full.png", "coarse.png", "latency.png", "trace.json"}
+    rows = re.findall(r"^ +(\d)/8 +([\d.]+) +([\d.]+) +([\d.]+)x +([\d.]+)x$", out, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == list("2345678")
+    assert float(rows[-1][3]) == float(rows[-1][4]) == 1.0, "the full width against itself"
+    assert re.search(r"R = [\d.]+ \(full width at \d+ % of", out)
+    assert re.search(r"images per second: [\d.]+ full width, [\d.]+ strategy", out)
+    assert "ddsm-export ckpt.pt -o my.bundle" in out
+
+
+def test_links_of_the_readmes_lead_somewhere() -> None:
+    for readme in [ROOT / "README.md", *ROOT.glob("*/README.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text(encoding="utf-8")):
+            assert (readme.parent / target).exists(), f"{readme.relative_to(ROOT)} → {target}"
