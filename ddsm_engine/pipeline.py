@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ddsm_engine.backends import choose_backend, open_engine
 from ddsm_engine.backends.engine import EngineOptions, Precision
 from ddsm_engine.bundle import MANIFEST, Bundle
-from ddsm_engine.errors import BackendError, SamplerError
+from ddsm_engine.errors import BackendError, BundleError, SamplerError
 from ddsm_engine.noise import INITIAL, SeededNoise
 from ddsm_engine.plan import Plan, compile_plan
 from ddsm_engine.sampler import make_sampler
@@ -307,7 +307,7 @@ def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:
     """The bundle to run: the given one, else the one that holds the strategy, else the only one in the folder.
 
     Raises:
-        BackendError: none or several.
+        BundleError: none or several.
     """
     if given is not None:
         return Path(given)
@@ -316,7 +316,7 @@ def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:
         return holder
     found = [folder] if (folder / MANIFEST).is_file() else sorted(m.parent for m in folder.glob(f"*/{MANIFEST}"))
     if len(found) != 1:
-        raise BackendError(
+        raise BundleError(
             f"expected one bundle in {folder}, found {len(found)}; name one with --bundle, or make one with "
             f"ddsm-export SUPERNET.pt"
         )

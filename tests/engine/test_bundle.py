@@ -379,7 +379,7 @@ def test_a_value_of_another_kind_is_never_a_traceback(copy: Path) -> None:
     assert len(paths) > 60
     failures, refused = [], 0
     for path in paths:
-        for value in (None, "text", -1, 1.5, [], {}):
+        for value in OTHER_KINDS:
             data = json.loads(json.dumps(original))
             _set(data, path, value)
             (copy / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
@@ -395,6 +395,7 @@ def test_a_value_of_another_kind_is_never_a_traceback(copy: Path) -> None:
 
 
 Key = str | int
+OTHER_KINDS: tuple[object, ...] = (None, "text", -1, 1.5, [], {})
 
 
 def _leaves(value: object, path: tuple[Key, ...] = ()) -> list[tuple[Key, ...]]:

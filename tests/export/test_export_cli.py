@@ -276,7 +276,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "nan": (lambda path: torch.save(_state(**{"tail.2.bias": torch.full((3,), torch.nan)}), path), "is not finite"),
     "wrong-shape": (lambda path: torch.save(_state(**{"tail.2.bias": torch.zeros(4)}), path), "tail.2.bias"),
     "absent": (lambda path: path.unlink(), "found no such file"),
-    "folder": (lambda path: (path.unlink(), path.mkdir()), "found no such file"),
+    "folder": (lambda path: os.replace(path.with_name("empty"), path), "found no such file"),
 }
 
 
@@ -287,6 +287,9 @@ def test_a_file_that_cannot_be_a_supernet_is_one_line_and_no_folder(
 ) -> None:
     spoil, words = SPOILT[kind]
     source = save(_state(), tmp_path)
+    if kind == "folder":
+        source.unlink()
+        source.with_name("empty").mkdir()
     spoil(source)
     if force:  # what is there must stay there until its successor is whole
         (tmp_path / "ckpt.bundle").mkdir()

@@ -1,6 +1,7 @@
 """Training images from what people have: a folder, an array, Fashion-MNIST's IDX files, CIFAR-10's binary batches."""
 
 import gzip
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,19 @@ from ddsm_engine.errors import DdsmError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 CIFAR_RECORD = 1 + 3 * 32 * 32
 IDX_UINT8_IMAGES = 0x00000803
+
+# What readers of arrays and archives raise on bytes that were not written for them.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 
 
 class DataError(DdsmError):
@@ -46,8 +60,9 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
             images = _read_array(path)
         else:
             images = _read_idx(path)
-    except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} could not be read as training images: {error}") from error
+    except _UNREADABLE as error:
+        detail = str(error) or type(error).__name__
+        raise DataError(f"{path} could not be read as training images: {detail}") from error
     if images.dtype != np.uint8 or len(images) == 0:
         raise DataError(f"{path} must hold uint8 images, found {images.dtype} with {len(images)} of them")
     if images.shape[1] != channels:
@@ -84,12 +99,13 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
 
 
 def _read_array(path: Path) -> NDArray[np.uint8]:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        names = loaded.files
-        if "images" not in names and len(names) != 1:
-            raise DataError(f"{path} must hold an array named 'images' (or only one array), found {names}")
-        loaded = loaded["images" if "images" in names else names[0]]
+    with path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            names = loaded.files
+            if "images" not in names and len(names) != 1:
+                raise DataError(f"{path} must hold an array named 'images' (or only one array), found {names}")
+            loaded = loaded["images" if "images" in names else names[0]]
     if not isinstance(loaded, np.ndarray):
         raise DataError(f"{path} must hold an array, found {type(loaded).__name__}")
     return _channels_first(loaded)
