@@ -117,17 +117,18 @@ def _sentences(record: Record) -> list[str]:
 
 def _method_line(record: Record) -> str:
     return (
-        "Milliseconds are the median of one sampling step (network and update) at batch 1, all contenders of a row taken "
-        f"in turns; GFLOPs are true ones (attention included); {record['settings']['groups']} groups, random weights."
+        "Milliseconds are the median of one sampling step (network and update) at batch 1, all contenders of a row "
+        f"taken in turns; GFLOPs are true ones (attention included); {record['settings']['groups']} groups, random "
+        "weights."
     )
 
 
 def _strategy_line(strategy: Record, published: Record) -> str:
     ours, peer = strategy["contenders"][strategy["ours"]], strategy["contenders"][strategy["best_peer"]]
     scaled = "" if peer["calls"] == strategy["calls"] else f", scaled from {peer['calls']} calls"
-    label = f"{strategy['calls']} DDPM steps" if strategy["sampler"] == "ddpm" else (
-        f"{strategy['calls']} evenly strided DDIM calls (η = 1; not the published run of 1000)"
-    )
+    label = f"{strategy['calls']} DDPM steps"
+    if strategy["sampler"] != "ddpm":
+        label = f"{strategy['calls']} evenly strided DDIM calls (η = 1; not the published run of 1000)"
     return (
         f"**{label}, batch 1, {_long(strategy['ours'])}: {ours['full_s']:.1f} s per image at full width, "
         f"{ours['strategy_s']:.1f} s with the published strategy.** Theoretical {_times(ours['theoretical'])}, "
@@ -151,9 +152,10 @@ def _memory_line(memory: Mapping[str, Record]) -> str:
 def _machine_line(record: Record) -> str:
     where = record["environment"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in where["versions"] if name != "ddsm-engine")
+    commits = dict.fromkeys([where["commit"], *(later["commit"] for later in record.get("resumed", []))])
     return (
         f"{where['cpu']}, {where['cores']} cores ({', '.join(where['cpu_features']) or 'no vector features named'}); "
-        f"{versions}; {where['date'][:10]}, commit {where['commit'] or 'unknown'}."
+        f"{versions}; {where['date'][:10]}, commit {', then '.join(str(c) for c in commits)}."
     )
 
 

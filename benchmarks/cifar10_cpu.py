@@ -9,7 +9,7 @@ One run measures, at batch 1, on the CPU at hand:
 The weights are random (time does not depend on them) and never torch's default initialisation, whose last layers are so
 small that every wrong network would pass the comparison that comes first: a wrong result is not fast.
 
-    python -m benchmarks.cifar10_cpu                                # about an hour, most of it the 1000-call runs
+    python -m benchmarks.cifar10_cpu                                # export, measure, write results/
     python -m benchmarks.cifar10_cpu --resume benchmarks/results/FILE.json
     python -m benchmarks.cifar10_cpu --update-readme benchmarks/results/FILE.json
 """
@@ -96,6 +96,14 @@ activation, some fifty times in a row."""
 PEERS: Final[tuple[PeerPrecision, ...]] = ("fp32", "bf16")
 SEED: Final = 20231005
 
+PAUSE_S: Final = 0.02
+"""Between contenders, not counted: worker threads that still spin for more work would take the next one's cores."""
+
+PEER_BUDGET_S: Final = 120.0
+MIN_PEER_CALLS: Final = 10
+"""A peer whose full-width walk would take longer than the budget gets fewer calls: torch's bf16 takes seconds a step on
+a processor without bf16 instructions."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -106,7 +114,7 @@ class Settings:
         repeats: Rounds per width, at most (a round takes every contender once).
         budget_s: Seconds after which no further round of a width begins (three rounds at least).
         calls: Calls of the strategy runs: the schedule's length is DDPM as published; fewer is a strided DDIM.
-        peer_calls: Calls that the dynamic loop really runs; its seconds are scaled to ``calls``.
+        peer_calls: Calls that the dynamic loop really runs, at most; its seconds are scaled to ``calls``.
         threads: Threads per engine; 0 leaves it to the libraries.
     """
 
@@ -216,12 +224,14 @@ def new_record(machine: str, settings: Settings, spec: UNetSpec) -> Record:
 
 
 def check_same_run(record: Record, fresh: Record) -> None:
-    """Refuse to go on with a result of another machine, code or settings: its parts could not be compared.
+    """Refuse to go on with a result of another machine or other settings: its parts could not be compared.
+
+    Another commit is let through, and named in the result.
 
     Raises:
         OutputError: naming what differs.
     """
-    keys = ("cpu", "cpu_features", "cores", "versions", "commit")
+    keys = ("cpu", "cpu_features", "cores", "versions")
     differing = [key for key in keys if record["environment"][key] != fresh["environment"][key]]
     differing += [key for key, value in fresh["settings"].items() if record["settings"].get(key) != value]
     if differing:
@@ -257,7 +267,8 @@ def measure_width(bundle: Bundle, variant: Variant, network: DynamicUNet, settin
             outputs[f"torch dynamic {precision}"] = loop.predict(torch.from_numpy(x), torch.tensor([t]), mults).numpy()
             steps[f"torch dynamic {precision}"] = _dynamic_step(loop, x, t, mults)
         differences = check_answers(outputs, f"width {manifest.spec.label(variant.width)}")
-        timings = time_in_turns(steps, repeats=settings.repeats, budget_s=settings.budget_s)
+        turns = dict(pair for name, step in steps.items() for pair in ((f"pause before {name}", _pause), (name, step)))
+        timings = time_in_turns(turns, repeats=settings.repeats, budget_s=settings.budget_s)
     finally:
         for engine in engines.values():
             engine.close()
@@ -265,7 +276,7 @@ def measure_width(bundle: Bundle, variant: Variant, network: DynamicUNet, settin
         "macs": variant.macs,
         "conv_linear_macs": variant.conv_linear_macs,
         "auto": next(iter(engines)),
-        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "timings": {name: asdict(timings[name]) for name in steps},
         "relative_l2": differences,
     }
 
@@ -353,6 +364,10 @@ def _dynamic_step(loop: DynamicLoop, x: NDArray[np.float32], t: int, mults: Sequ
     return lambda: loop.step(start, timestep, mults)
 
 
+def _pause() -> None:
+    time.sleep(PAUSE_S)
+
+
 def _normals(shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
 
@@ -377,19 +392,18 @@ def measure_strategy(bundle: Bundle, strategy: Strategy, network: DynamicUNet, s
         full, searched = (pipeline.plan(s, **sampler) for s in (uniform, strategy))
         difference = check_loop(pipeline, searched, _loop(bundle, network, searched, "fp32"), strategy)
         ours = f"openvino {pipeline.precision}"
-        seconds = {ours: (settings.calls, _draw_s(pipeline, full), _draw_s(pipeline, searched))}
-    short = ddim(bundle.manifest.noise_schedule, settings.peer_calls)
-    peer_plan = plan_calls(_variants_at(bundle, strategy, short.timesteps), short, bundle.time_table())
-    scale = settings.calls / settings.peer_calls
+        runs = {ours: (searched, _draw_s(pipeline, full), _draw_s(pipeline, searched))}
     for precision in PEERS:
-        loop = _loop(bundle, network, peer_plan, precision)
+        plan = _peer_plan(bundle, strategy, network, precision, settings)
+        loop = _loop(bundle, network, plan, precision)
         full_s, strategy_s = (_walk_s(loop, spec, _width_mults(bundle, s)) for s in (uniform, strategy))
-        seconds[f"torch dynamic {precision}"] = (settings.peer_calls, scale * full_s, scale * strategy_s)
+        runs[f"torch dynamic {precision}"] = (plan, full_s, strategy_s)
     precision_of_ours = ours.rpartition(" ")[2]
     peaks = {p: matmul_peak_gflops(p, settings.threads) for p in dict.fromkeys(("fp32", precision_of_ours))}
     contenders = {
-        name: _honest(bundle, searched if name == ours else peer_plan, settings.calls, measured, peaks, name)
-        for name, measured in seconds.items()
+        # A precision the processor has no units for can at best be as fast as fp32.
+        name: _honest(bundle, *run, settings.calls, peaks.get(name.rpartition(" ")[2], peaks["fp32"]))
+        for name, run in runs.items()
     }
     best_peer = min((name for name in contenders if name != ours), key=lambda name: contenders[name]["full_s"])
     net_s = contenders[best_peer]["full_s"] / contenders[ours]["strategy_s"]
@@ -408,25 +422,28 @@ def measure_strategy(bundle: Bundle, strategy: Strategy, network: DynamicUNet, s
     }
 
 
-def _honest(
-    bundle: Bundle, plan: Plan, calls: int, measured: tuple[int, float, float], peaks: Mapping[str, float], name: str
-) -> Record:
-    """The honest metric of one contender, from seconds for ``calls`` calls and the plan it really ran."""
-    ran, full_s, strategy_s = measured
-    full = bundle.full
-    own = [bundle.variants[variant] for variant in plan.variants]
+def _honest(bundle: Bundle, plan: Plan, full_s: float, strategy_s: float, calls: int, peak_gflops: float) -> Record:
+    """The honest metric of one contender.
+
+    Args:
+        bundle: What ran.
+        plan: The calls that were really made with the strategy.
+        full_s: Seconds of as many calls at full width.
+        strategy_s: Seconds of the plan.
+        calls: Number of calls to quote seconds for.
+        peak_gflops: Measured GFLOP/s of a matrix product.
+    """
+    full, own = bundle.full, [bundle.variants[variant] for variant in plan.variants]
     theoretical = full.macs * len(own) / sum(variant.macs for variant in own)
-    # A precision the processor has no units for can at best be as fast as fp32.
-    peak = peaks.get(name.rpartition(" ")[2], peaks["fp32"])
     return {
-        "calls": ran,
-        "full_s": full_s,
-        "strategy_s": strategy_s,
+        "calls": len(own),
+        "full_s": full_s * calls / len(own),
+        "strategy_s": strategy_s * calls / len(own),
         "theoretical": theoretical,
         "theoretical_conv_linear": full.conv_linear_macs * len(own) / sum(v.conv_linear_macs for v in own),
         "realised": full_s / strategy_s,
         "r": full_s / strategy_s / theoretical,
-        "mfu": gflops(full.macs) * calls / full_s / peak,
+        "mfu": gflops(full.macs) * len(own) / full_s / peak_gflops,
     }
 
 
@@ -481,9 +498,17 @@ def _width_mults(bundle: Bundle, strategy: Strategy) -> list[float]:
     return [bundle.variants[variant].width_mult for variant in strategy.resolve(bundle.manifest.variants)]
 
 
-def _variants_at(bundle: Bundle, strategy: Strategy, timesteps: NDArray[np.float64]) -> list[str]:
+def _peer_plan(
+    bundle: Bundle, strategy: Strategy, network: DynamicUNet, precision: PeerPrecision, settings: Settings
+) -> Plan:
+    """The even part of the timesteps that a peer visits: as many as asked for, fewer where a step takes too long."""
+    spec, schedule = bundle.manifest.spec, bundle.manifest.noise_schedule
+    probe = DynamicLoop(network, schedule, _all_timesteps(spec)[:2], precision)
+    step_s = _walk_s(probe, spec, [1.0] * spec.timesteps) / 2
+    affordable = max(MIN_PEER_CALLS, int(PEER_BUDGET_S / step_s))
+    sampler = ddim(schedule, min(settings.peer_calls, affordable))
     ids = strategy.resolve(bundle.manifest.variants)
-    return [ids[int(t)] for t in timesteps]
+    return plan_calls([ids[int(t)] for t in sampler.timesteps], sampler, bundle.time_table())
 
 
 def _offers(bundle: Bundle, strategy: Strategy) -> bool:
@@ -523,8 +548,8 @@ if "torch" in sys.modules:
 # Not ru_maxrss: a new process inherits its parent's, and the parent here has torch in it.
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 peak_kib = int(status["VmHWM"].split()[0])
-found = {"precision": engines[0].precision, "variants": len(engines), "open_s": open_s, "peak_rss_bytes": peak_kib << 10}
-print(json.dumps(found))
+found = {"precision": engines[0].precision, "variants": len(engines), "open_s": open_s}
+print(json.dumps({**found, "peak_rss_bytes": peak_kib << 10}))
 """
 """A process that opens every variant of a bundle, runs each once and says what that took; Linux."""
 
@@ -567,7 +592,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--widths", type=_eighths, default=EIGHTHS, help="such as 2/8,8/8 (default: all seven)")
     p.add_argument("--repeats", type=_positive, default=30, help="rounds per width, at most (default: 30)")
     p.add_argument("--calls", type=_calls, default=1000, help="of the strategy runs; fewer is DDIM (default: 1000)")
-    p.add_argument("--peer-calls", type=_calls, default=100, help="of the dynamic loop's run (default: 100)")
+    p.add_argument("--peer-calls", type=_calls, default=100, help="of the dynamic loop, at most (default: 100)")
+    p.add_argument("--budget-s", type=float, default=120.0, help="seconds per width, about (default: 120)")
     p.add_argument("--threads", type=int, default=0, help="per engine; 0 leaves it to the libraries")
     p.add_argument("--strategy", type=Path, default=STRATEGY, help="default: the published one")
     p.add_argument("--machine", help="name of this machine (default: from its processor)")
@@ -601,6 +627,7 @@ def _measure_and_write(arguments: argparse.Namespace) -> None:
     settings = Settings(
         eighths=arguments.widths,
         repeats=arguments.repeats,
+        budget_s=arguments.budget_s,
         calls=arguments.calls,
         peer_calls=min(arguments.peer_calls, arguments.calls),
         threads=arguments.threads,
@@ -613,6 +640,7 @@ def _measure_and_write(arguments: argparse.Namespace) -> None:
         path, fresh = arguments.resume, record
         record = _report.load(path)
         check_same_run(record, fresh)
+        record.setdefault("resumed", []).append({key: where[key] for key in ("date", "commit")})
     elif path.exists():
         raise OutputError(f"{path} exists already; go on with --resume {path}, or choose another --output")
     strategy = Strategy.load(arguments.strategy)

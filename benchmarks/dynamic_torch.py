@@ -99,7 +99,8 @@ class DynamicAttention(nn.Module):
         values = self.v(h).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         weights = torch.softmax(torch.bmm(queries, keys) * channels**-0.5, dim=-1)
         mixed = torch.bmm(weights, values).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x + self.out(mixed)
+        added: Tensor = x + self.out(mixed)
+        return added
 
 
 class DynamicBlock(nn.Module):
@@ -120,7 +121,8 @@ class DynamicBlock(nn.Module):
         h = self.conv1(self.swish1(self.norm1(x)))
         h = h + self.time(self.swish_time(time))[:, :, None, None]
         h = self.conv2(self.dropout(self.swish2(self.norm2(h))))
-        return self.attention(h + self.shortcut(x))
+        out: Tensor = self.attention(h + self.shortcut(x))
+        return out
 
 
 class Resample(nn.Module):
@@ -133,7 +135,8 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor, _time: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H/2, W/2] or [B, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        return out
 
 
 class DynamicTime(nn.Module):
@@ -148,7 +151,8 @@ class DynamicTime(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[B], int64 → [B, D]."""
-        return self.linear2(self.swish(self.linear1(self.table(t))))
+        embedding: Tensor = self.linear2(self.swish(self.linear1(self.table(t))))
+        return embedding
 
 
 class DynamicTail(nn.Module):
@@ -161,7 +165,8 @@ class DynamicTail(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, channels of an image, H, W]."""
-        return self.conv(self.swish(self.norm(x)))
+        image: Tensor = self.conv(self.swish(self.norm(x)))
+        return image
 
 
 class DynamicUNet(nn.Module):
@@ -214,7 +219,8 @@ class DynamicUNet(nn.Module):
             h = layer(h, time)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, DynamicBlock) else h, time)
-        return self.tail(h)
+        eps: Tensor = self.tail(h)
+        return eps
 
 
 def dynamic_unet_from_bundle(bundle: Bundle) -> DynamicUNet:
@@ -280,7 +286,8 @@ class DynamicLoop:
         """
         self.network.set_width(width_mults[int(t[0])])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.network(x, t).float()
+            eps: Tensor = self.network(x, t).float()
+        return eps
 
     def step(
         self, x: Tensor, t: Tensor, width_mults: Sequence[float], call: int = 0, noise: DrawNoise = draw_noise

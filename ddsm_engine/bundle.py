@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -133,15 +133,16 @@ class Manifest:
         body = {name: value for name, value in data.items() if name != "checksum"}
         if data.get("checksum") != _checksum(body):
             raise BundleError(f"{origin} was changed after it was written (its checksum disagrees); export it again")
-        if body["family"] != FAMILY or body["prediction_type"] != "epsilon":
-            raise BundleError(f"{origin}: family {body['family']!r} predicting {body['prediction_type']!r} is unknown")
+        kind = body.get("family"), body.get("prediction_type")
+        if kind != (FAMILY, "epsilon"):
+            raise BundleError(f"{origin}: expected family {FAMILY!r} predicting 'epsilon', found {kind}")
         try:
             return cls(
                 spec=UNetSpec.from_json(body["spec"]),
                 noise_schedule=NoiseSchedule.from_json(body["noise_schedule"]),
                 prediction_type="epsilon",
                 variants=tuple(_variant(entry) for entry in body["variants"]),
-                files=tuple(FileInfo(**entry) for entry in body["files"]),
+                files=tuple(_typed(FileInfo, entry) for entry in body["files"]),
                 provenance=body["provenance"],
             )
         except (KeyError, TypeError) as error:
@@ -156,12 +157,35 @@ def _checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _variant(entry: dict[str, Any]) -> Variant:
-    def tensors(key: str) -> tuple[TensorInfo, ...]:
-        return tuple(TensorInfo(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"])) for t in entry[key])
+def _variant(entry: object) -> Variant:
+    if not isinstance(entry, dict):
+        raise TypeError(f"a variant is an object, found {entry!r}"[:200])
+    if entry["precision"] not in ("fp32", "fp16"):
+        raise TypeError(f"precision must be fp32 or fp16, found {entry['precision']!r}"[:200])
+    nested = {key: tuple(_tensor(tensor) for tensor in entry[key]) for key in ("inputs", "outputs")}
+    return _typed(Variant, entry | nested | {"parity": _typed(Parity, entry["parity"])})
 
-    plain = {f.name: entry[f.name] for f in fields(Variant) if f.name not in {"inputs", "outputs", "parity"}}
-    return Variant(**plain, inputs=tensors("inputs"), outputs=tensors("outputs"), parity=Parity(**entry["parity"]))
+
+def _tensor(entry: dict[str, Any]) -> TensorInfo:
+    shape = tuple(entry["shape"])
+    if not all(type(size) is int or size == "batch" for size in shape):
+        raise TypeError(f"a shape is whole numbers and 'batch', found {shape}")
+    return _typed(TensorInfo, entry | {"shape": shape})
+
+
+Record = TypeVar("Record", Variant, TensorInfo, Parity, FileInfo)
+
+_KINDS: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
+"""Annotation of a field → the JSON kinds that it takes; JSON writes 1.0 as 1 in some hands."""
+
+
+def _typed(record: type[Record], entry: dict[str, Any]) -> Record:
+    """Build a record, refusing a value of the wrong JSON kind (a dataclass itself checks none)."""
+    for field in fields(record):
+        kinds = _KINDS.get(getattr(field.type, "__name__", str(field.type)))
+        if kinds is not None and type(entry[field.name]) not in kinds:
+            raise TypeError(f"{field.name} must be {kinds[0].__name__}, found {entry[field.name]!r}"[:200])
+    return record(**entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +229,13 @@ class Bundle:
     def artefact(self, variant: Variant) -> Path:
         """The verified file of a variant."""
         return self._verified(variant.file, variant.sha256, variant.size_bytes)
+
+    def verify(self) -> None:
+        """Check every file that the manifest vouches for."""
+        for variant in self.manifest.variants:
+            self.artefact(variant)
+        for info in self.manifest.files:
+            self._verified(info.path, info.sha256, info.size_bytes)
 
     def weights(self) -> Path:
         """The verified file with the supernet's weights."""

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe_bundle(bundle: Bundle) -> str:
     """A table of variants; every file named by the manifest is verified on the way."""
     spec, schedule = bundle.manifest.spec, bundle.manifest.noise_schedule
+    bundle.verify()
     published = _is_published_cifar10(spec)
     lines = [
         f"{bundle.path}: {spec.image_size}x{spec.image_size}x{spec.channels}, {spec.timesteps} timesteps, "
@@ -42,7 +43,6 @@ def describe_bundle(bundle: Bundle) -> str:
         f"{'parameters':>11} {'bytes':>12} {'precision':>9} {'parity':>8}",
     ]
     for v in bundle.variants.values():
-        bundle.artefact(v)
         constant = PUBLISHED_CIFAR10_MMACS.get(Fraction(v.width, spec.base_channels)) if published else None
         lines.append(
             f"{v.id:8} {spec.label(v.width):>10} {gflops(v.macs):9.3f} {gflops(v.conv_linear_macs):9.3f} "

@@ -1,9 +1,9 @@
-"""Every tolerance of the suite and its reason. All are relative L2 on outputs of order one unless they say otherwise."""
+"""Every tolerance of the suite and its reason; all are relative L2 on outputs of order one."""
 
 from typing import Final
 
 SLICED_FORWARD: Final = 1e-6
-"""Static torch network against the dynamic oracle: the same operations in the same order (observed: mostly equal bits)."""
+"""Static torch network against the dynamic oracle (observed: equal bits at every width)."""
 
 FORWARD: Final = {
     # Cut and run by the same library: equal up to the blocking of a product.
@@ -19,4 +19,4 @@ FP16_FORWARD: Final = 1e-2
 """fp16 rounds every activation to 11 bits some fifty times in a row (observed 4e-4 to 3e-3)."""
 
 TRAJECTORY: Final = 2e-5
-"""Up to 1000 fp32 steps with the damped denoiser, running freely: rounding of each step adds up (observed below 5e-6)."""
+"""Up to 1000 fp32 steps with the damped denoiser, running freely: rounding adds up (observed below 5e-6)."""

@@ -69,7 +69,7 @@ class OnnxRuntimeEngine:
         """One forward pass."""
         try:
             self._session.run_with_iobinding(self._binding)
-        except LOAD_ERRORS as error:
+        except (*LOAD_ERRORS, RuntimeError) as error:
             raise BackendError(f"ONNX Runtime failed in a call: {' '.join(str(error).split())}") from error
 
     def close(self) -> None:

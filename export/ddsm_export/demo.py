@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def demo(output: Path, *, force: bool) -> None:
             rows = measure_latency(
                 pipeline.bundle, pipeline.bundle.manifest.variants, pipeline.backend, BATCH, options, repeats=9
             )
-        trace = {"environment": environment(), "plan": str(plan)}
+        trace: dict[str, Any] = {"environment": environment(), "plan": str(plan)}
         for name, rounds in results.items():
             images = np.concatenate([result.images for result in rounds])
             save_png(grid(images, columns=8), folder / f"{name}.png")

@@ -103,10 +103,9 @@ def onnx_from_subnetwork(
         with warnings.catch_warnings():
             # The exporter warns of its own internals on every call; whether the file is right is measured afterwards.
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 form,
                 example,
-                path,
                 dynamo=True,
                 opset_version=opset,
                 external_data=False,
@@ -117,3 +116,7 @@ def onnx_from_subnetwork(
             )
     finally:
         exporter_log.setLevel(level)
+    assert program is not None  # it is None for the legacy exporter alone
+    for node in program.model.graph:
+        node.metadata_props.clear()  # the exporter's stack traces, with the paths of the machine that ran it
+    program.save(path, external_data=False)

@@ -52,12 +52,13 @@ def measure_parity(artefact: Path, reference: UNet, table: TimeTable, precision:
         features = table[timesteps]
         expected = forward_torch(reference, sample, features)
         found = forward_engine(_open(backend, artefact, shapes), sample, features)
+        if not np.isfinite(found).all():
+            raise BackendError(f"{artefact.name} answers with values that are not finite. The bundle was not written")
         difference = np.abs(found.astype(np.float64) - expected)
         max_abs = max(max_abs, float(difference.max()))
         relative_l2 = max(relative_l2, float(np.linalg.norm(difference) / np.linalg.norm(expected)))
     tolerance = TOLERANCES[precision]
-    # "not within" instead of "beyond": a NaN is not within anything.
-    if not relative_l2 <= tolerance:
+    if relative_l2 > tolerance:
         raise BackendError(
             f"{artefact.name} differs from the sliced network by {relative_l2:.2e} (relative L2, {backend}); "
             f"{precision} must stay within {tolerance:.0e}. The bundle was not written"

@@ -307,7 +307,7 @@ def test_the_unspoilt_checkpoint_of_these_refusals_is_exported(tmp_path: Path, n
 
 def test_the_attack_of_these_refusals_is_real(tmp_path: Path) -> None:
     SPOILT["pickle"][0](tmp_path / "ckpt.pt")
-    pickle.loads((tmp_path / "ckpt.pt").read_bytes())  # noqa: S301 - its own file
+    pickle.loads((tmp_path / "ckpt.pt").read_bytes())
     assert (tmp_path / "ran").is_dir()
 
 

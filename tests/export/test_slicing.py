@@ -25,12 +25,10 @@ from tests.oracle.dynamic_unet import (
     published_state_dict,
 )
 from tests.oracle.names import product_spec, product_weights
+from tests.tolerances import SLICED_FORWARD
 
 SAME_ARITHMETIC = 1e-12
 """Relative L2 in float64: only a wrong weight, shape or operation is larger (observed: 3e-15)."""
-
-ROUNDING = 1e-6
-"""Relative L2 in float32 (observed: equal bits but for the order of the attention's sums)."""
 
 TELLS_APART = 1e-2
 """Relative L2 that every negative control must exceed."""
@@ -126,7 +124,7 @@ def test_a_sub_network_holds_what_the_dynamic_forward_reads_and_nothing_else(con
 @pytest.mark.parametrize(("config", "width"), CASES)
 def test_a_sub_network_computes_what_the_dynamic_forward_computes(config: Config, width: int) -> None:
     assert difference(config, width, torch.float64) <= SAME_ARITHMETIC
-    assert difference(config, width) <= ROUNDING
+    assert difference(config, width) <= SLICED_FORWARD
 
 
 @pytest.mark.parametrize(("groups", "width"), [(32, 64), (16, 48)])
@@ -136,7 +134,7 @@ def test_the_released_cifar_10_network_computes_what_the_dynamic_forward_compute
     x, t = inputs(CIFAR10)
     with torch.inference_mode():
         expected = dynamic_unet(config, state, x, t, width / 128)
-        assert relative_l2(cut(config, state, width)(x, state[TABLE][t]), expected) <= ROUNDING
+        assert relative_l2(cut(config, state, width)(x, state[TABLE][t]), expected) <= SLICED_FORWARD
 
 
 @pytest.mark.parametrize("width", [16, 24])
@@ -168,7 +166,7 @@ def test_an_image_does_not_depend_on_its_neighbours(config: Config) -> None:
         together = unet(x, table[t])
         for row in range(len(x)):
             alone = unet(x[row : row + 1], table[t[row : row + 1]])
-            assert relative_l2(together[row : row + 1], alone) <= ROUNDING
+            assert relative_l2(together[row : row + 1], alone) <= SLICED_FORWARD
 
 
 def test_a_one_channel_image_does_not_make_the_head_depthwise() -> None:

@@ -44,9 +44,7 @@ from tests.conftest import Refusal
 from tests.oracle.dynamic_unet import TABLE, Config, Mistake, dynamic_unet, published_state_dict
 from tests.oracle.names import product_name, product_spec, product_weights
 
-CONFIG = Config(
-    ch=16, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, groups=4, conv_multiple=4, linear_multiple=4, T=100
-)
+CONFIG = Config(ch=16, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, groups=4, conv_multiple=4, linear_multiple=4, T=100)
 SPEC = product_spec(CONFIG, image_size=8)
 SCHEDULE = NoiseSchedule(1e-4, 0.02, CONFIG.T)
 WIDTHS = (4, 8, 12, 16)
@@ -364,9 +362,7 @@ def npz(folder: Path, images: NDArray[np.uint8]) -> Path:
     return folder / "data.npz"
 
 
-def test_the_command_trains_and_resumes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
-) -> None:
+def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal) -> None:
     data, out = npz(tmp_path, pictures()), tmp_path / "out"
     command = [str(data), "-o", str(out), *TINY_NETWORK]
     assert main([*command, "--images", "10"]) == 0
@@ -639,7 +635,7 @@ def test_pickled_arrays_are_refused_and_their_code_is_not_run(tmp_path: Path, su
 
 
 def test_damaged_files_never_give_a_traceback(tmp_path: Path) -> None:
-    generator, refused = random.Random(0), 0  # noqa: S311 - which bytes to damage
+    generator, refused = random.Random(0), 0
     sources = {"a.npz": _npz_bytes(), "b.npy": _npy_bytes(), "c.gz": gzip.compress(idx(pictures(3, 8, 1)))}
     for number in range(400):
         name = ("a.npz", "b.npy", "c.gz", "d/p.png")[number % 4]

@@ -55,7 +55,7 @@ class PublishedSchedule:
 
 def ddpm_states(
     eps_fn: EpsFn,
-    x_T: Tensor,  # noqa: N803 - the papers' letter
+    x_T: Tensor,
     noises: Sequence[Tensor],
     schedule: PublishedSchedule,
     variance: Variance = "fixedlarge",
@@ -94,7 +94,7 @@ def ddpm_states(
 
 def ddim_states(
     eps_fn: EpsFn,
-    x_T: Tensor,  # noqa: N803 - the papers' letter
+    x_T: Tensor,
     noises: Sequence[Tensor],
     timesteps: Sequence[int],
     schedule: PublishedSchedule,
