@@ -22,28 +22,32 @@ _SHIFT = np.uint64(32)
 ROUNDS = 10
 
 
-def philox4x32(counter: Sequence[NDArray[np.uint64]], seed: int) -> tuple[NDArray[np.uint64], ...]:
-    """Ten rounds of Philox4x32.
+Words = NDArray[np.uint64]
+
+
+def philox4x32(words: Sequence[Words], scratch: Sequence[Words], seed: int) -> None:
+    """Ten rounds of Philox4x32, in place.
 
     Args:
-        counter: Four arrays of one shape, each value below 2**32.
+        words: The counter, four arrays of one shape, each value below 2**32; overwritten by the four random words.
+        scratch: Two arrays of that shape.
         seed: The key: low word first, 64 bits.
-
-    Returns:
-        Four arrays of that shape, each value below 2**32.
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = words
+    product0, product1 = scratch
     key0, key1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ np.uint64(key0),
-            product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ np.uint64(key1),
-            product0 & _LOW,
-        )
+        np.multiply(c0, _MULTIPLIERS[0], out=product0)
+        np.multiply(c2, _MULTIPLIERS[1], out=product1)
+        np.right_shift(product1, _SHIFT, out=c0)
+        np.bitwise_xor(c0, c1, out=c0)
+        np.bitwise_xor(c0, np.uint64(key0), out=c0)
+        np.right_shift(product0, _SHIFT, out=c2)
+        np.bitwise_xor(c2, c3, out=c2)
+        np.bitwise_xor(c2, np.uint64(key1), out=c2)
+        np.bitwise_and(product1, _LOW, out=c1)
+        np.bitwise_and(product0, _LOW, out=c3)
         key0, key1 = (key0 + _WEYL[0]) & 0xFFFFFFFF, (key1 + _WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
 
 
 class NoiseSource(Protocol):
@@ -65,28 +69,53 @@ class SeededNoise:
         if not 0 <= seed < 1 << 64:
             raise SamplerError(f"a seed is a whole number from 0 to 2**64 - 1, found {seed}")
         self.seed, self.first_image = seed, first_image
+        self._buffers: _Buffers | None = None
 
     def starting_at(self, first_image: int) -> "SeededNoise":
         """The same seed's noise from another image on."""
         return SeededNoise(self.seed, first_image)
 
     def fill(self, out: NDArray[np.float32], stream: int, call: int) -> None:
-        """Overwrite ``out`` [B, C, H, W] with standard normals."""
+        """Overwrite ``out`` [B, C, H, W], C-contiguous, with standard normals."""
         images, elements = len(out), out[0].size
-        blocks = -(-elements // 4)
-        counter = (
-            np.broadcast_to(np.arange(blocks, dtype=np.uint64), (images, blocks)),
-            np.full((1, 1), call, dtype=np.uint64),
-            np.arange(self.first_image, self.first_image + images, dtype=np.uint64)[:, None],
-            np.full((1, 1), stream, dtype=np.uint64),
-        )
-        words = philox4x32(counter, self.seed)
-        normals = np.empty((images, blocks, 4), dtype=np.float32)
+        if self._buffers is None or self._buffers.shape != (images, -(-elements // 4)):
+            self._buffers = _Buffers((images, -(-elements // 4)))
+        normals = self._buffers.draw(self.seed, self.first_image, stream, call)
+        out.reshape(images, -1)[...] = normals[:, :elements]
+
+
+class _Buffers:
+    """Everything that drawing needs, allocated once: a run draws thousands of times."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        """Allocate for [images, blocks of four elements]."""
+        self.shape = shape
+        self._words = [np.empty(shape, np.uint64) for _ in range(4)]
+        self._scratch = [np.empty(shape, np.uint64) for _ in range(2)]
+        self._radius, self._angle, self._wave = (np.empty(shape, np.float32) for _ in range(3))
+        self._normals = np.empty((*shape, 4), np.float32)
+        self._blocks = np.arange(shape[1], dtype=np.uint64)[None, :]
+        self._images = np.arange(shape[0], dtype=np.uint64)[:, None]
+
+    def draw(self, seed: int, first_image: int, stream: int, call: int) -> NDArray[np.float32]:
+        """Standard normals [images, 4 * blocks]; overwritten by the next call."""
+        block, call_word, image, stream_word = self._words
+        block[...] = self._blocks
+        call_word.fill(call)
+        np.add(self._images, np.uint64(first_image), out=image)
+        stream_word.fill(stream)
+        philox4x32(self._words, self._scratch, seed)
+        radius, angle, wave = self._radius, self._angle, self._wave
         for pair in (0, 2):
             # (word + 1/2) / 2**32 lies in (0, 1], so the logarithm is finite.
-            uniform = (words[pair].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-            radius = np.sqrt(np.float32(-2) * np.log(uniform))
-            angle = words[pair + 1].astype(np.float32) * np.float32(2.0**-32 * 2 * np.pi)
-            np.multiply(radius, np.cos(angle), out=normals[..., pair])
-            np.multiply(radius, np.sin(angle), out=normals[..., pair + 1])
-        out[...] = normals.reshape(images, -1)[:, :elements].reshape(out.shape)
+            np.copyto(radius, self._words[pair], casting="unsafe")
+            np.add(radius, np.float32(0.5), out=radius)
+            np.multiply(radius, np.float32(2.0**-32), out=radius)
+            np.log(radius, out=radius)
+            np.multiply(radius, np.float32(-2), out=radius)
+            np.sqrt(radius, out=radius)
+            np.copyto(angle, self._words[pair + 1], casting="unsafe")
+            np.multiply(angle, np.float32(2.0**-32 * 2 * np.pi), out=angle)
+            np.multiply(radius, np.cos(angle, out=wave), out=self._normals[..., pair])
+            np.multiply(radius, np.sin(angle, out=wave), out=self._normals[..., pair + 1])
+        return self._normals.reshape(len(self._normals), -1)

@@ -24,7 +24,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Whole paths are the reader's of one machine; their last part says enough.
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "commit": _commit(),
     }
 

@@ -1,4 +1,5 @@
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -235,6 +236,34 @@ def test_a_value_that_is_not_finite_stops_the_run_with_its_call_and_variant(valu
     scheduler.add("w016", BrokenEngine(2, value))
     with pytest.raises(BackendError, match=rf"call {call} \(timestep .*\) of variant w016"):
         scheduler.run(plan_calls(["w016"] * 5, sampler, TimeTable.sinusoidal(1000, TINY.time_features)), SeededNoise(0))
+
+
+def test_a_call_allocates_no_array() -> None:
+    """Everything a run needs is allocated before its second call; a batch of these is 49 kB."""
+    shape = (64, *TINY.sample_shape)
+    scheduler = Scheduler(shape, TINY.time_features)
+    scheduler.add("w016", BrokenEngine(10**9, 0.1))
+    plan = plan_calls(["w016"] * 1000, ddpm(SCHEDULE), TimeTable.sinusoidal(1000, TINY.time_features))
+    grown = np.zeros(1000, np.int64)
+    before = 0
+
+    def watch(call: int, t: float, x: Array) -> None:
+        nonlocal before
+        grown[call] = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        scheduler.run(plan, SeededNoise(0), watch)
+    finally:
+        tracemalloc.stop()
+    assert grown[0] > x_bytes(shape), "the buffers of the noise are made at the start, and are seen"
+    assert grown[1:].max() < x_bytes(shape) / 10
+
+
+def x_bytes(shape: tuple[int, ...]) -> int:
+    return 4 * int(np.prod(shape))
 
 
 def test_two_threads_on_one_pipeline_are_refused(pipe: Pipeline) -> None:

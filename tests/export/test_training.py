@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ddsm_engine.errors import CheckpointError
 from ddsm_engine.noise_schedule import NoiseSchedule
-from ddsm_engine.spec import UNetSpec
 from ddsm_export.supernet import load_supernet
 from ddsm_export.training import trainer as trainer_module
-from ddsm_export.training.cli import main
+from ddsm_export.training.cli import main, parser, spec_from_options
 from ddsm_export.training.data import DataError, load_images
 from ddsm_export.training.trainer import (
     TrainConfig,
@@ -394,6 +393,23 @@ def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFi
     assert load_supernet(out / "supernet.safetensors").provenance["steps"] == 5
 
 
+def test_a_training_may_begin_at_a_supernet(tmp_path: Path, refusal: Refusal) -> None:
+    data, first = npz(tmp_path, pictures()), tmp_path / "first"
+    assert main([str(data), "-o", str(first), *TINY_NETWORK, "--images", "12"]) == 0
+    begun = load_supernet(first / "supernet.safetensors")
+    command = [str(data), *TINY_NETWORK, "--images", "4", "--lr", "1e-9", "--init", str(first / "supernet.safetensors")]
+    assert main([*command, "-o", str(tmp_path / "second")]) == 0
+    found = load_supernet(tmp_path / "second" / "supernet.safetensors")
+    for name, weight in begun.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-6)
+    assert found.provenance["steps"] == 1
+    assert found.provenance["init"]["steps"] == 3
+    assert found.provenance["data"]["shape"] == [10, 3, 8, 8]
+    words = refusal(main, *command, "-o", tmp_path / "third", "--groups", "1")
+    assert "is a supernet of another architecture" in words
+    assert not (tmp_path / "third").exists()
+
+
 def test_the_command_draws_samples_of_a_schedule_shorter_than_fifty_steps(tmp_path: Path) -> None:
     options = [*TINY_NETWORK, "--timesteps", "12", "--images", "4"]
     assert main([str(npz(tmp_path, pictures())), "-o", str(tmp_path / "out"), *options]) == 0
@@ -424,14 +440,8 @@ def test_data_that_is_not_there_is_refused(tmp_path: Path, refusal: Refusal) -> 
 
 
 def test_the_default_network_is_the_papers_with_sixteen_groups() -> None:
-    from ddsm_export.training.cli import parser
-
     a = parser().parse_args(["data", "-o", "out"])
-    spec = UNetSpec(
-        image_size=a.image_size, channels=a.channels, base_channels=a.base_channels, channel_mults=a.channel_mults,
-        attention_levels=a.attention_levels, num_res_blocks=a.num_res_blocks, groups=a.groups,
-        time_features=a.base_channels, time_dim=4 * a.base_channels,
-    )  # fmt: skip
+    spec = spec_from_options(a)
     assert spec.widths() == (32, 48, 64, 80, 96, 112, 128)
     assert (a.lr, a.ema_decay, a.grad_clip, a.warmup_steps, a.dropout) == (4e-4, 0.9999, 1.0, 5000, 0.1)
 

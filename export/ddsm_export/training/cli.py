@@ -5,8 +5,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,12 @@ from ddsm_engine.errors import SpecError
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 
+if TYPE_CHECKING:
+    from ddsm_export.training.trainer import Trainer
+
 LOG_EVERY_S = 30.0
+STATE = "state.safetensors"
+SUPERNET = "supernet.safetensors"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("data", type=Path, help="a folder of images, .npz, an IDX file, or a folder of CIFAR-10 .bin")
     p.add_argument("-o", "--output", type=Path, required=True, help="folder for the supernet, state, log and samples")
     p.add_argument("--images", type=int, default=57_600_000, help="images to draw in all (paper: 450,000 x 128)")
+    p.add_argument(
+        "--init", type=Path, help="begin at the weights of this supernet (.safetensors) instead of at random"
+    )
     net = p.add_argument_group("network")
     net.add_argument("--image-size", type=int, default=32)
     net.add_argument("--channels", type=int, choices=(1, 3), default=3)
@@ -72,30 +81,15 @@ def train(arguments: argparse.Namespace) -> None:
         DdsmError: data or options that do not fit, or a state of another training.
     """
     a = arguments
-    spec = UNetSpec(
-        image_size=a.image_size,
-        channels=a.channels,
-        base_channels=a.base_channels,
-        channel_mults=a.channel_mults,
-        attention_levels=a.attention_levels,
-        num_res_blocks=a.num_res_blocks,
-        groups=a.groups,
-        conv_multiple=a.conv_multiple,
-        linear_multiple=a.linear_multiple,
-        timesteps=a.timesteps,
-        time_features=a.base_channels,
-        time_dim=4 * a.base_channels,
-        dropout=a.dropout,
-    )
-    spec.check_width(a.base_channels)
+    spec = spec_from_options(a)
     for name in ("images", "batch_size", "lr", "grad_clip"):
         if not getattr(a, name) > 0:
             raise SpecError(f"--{name.replace('_', '-')} must be positive, found {getattr(a, name)}")
+    # Imported here so that --help and a wrong option answer at once, without torch.
     import torch
 
-    from ddsm_export.supernet import save_supernet
+    from ddsm_export.supernet import load_supernet
     from ddsm_export.training.data import load_images
-    from ddsm_export.training.samples import save_grids
     from ddsm_export.training.trainer import (
         TrainConfig,
         Trainer,
@@ -103,7 +97,7 @@ def train(arguments: argparse.Namespace) -> None:
         initial_state,
         load_state,
         run_training,
-        save_state,
+        state_from_weights,
     )
 
     if a.threads:
@@ -121,11 +115,20 @@ def train(arguments: argparse.Namespace) -> None:
     )
     images = load_images(a.data, channels=spec.channels, image_size=spec.image_size)
     widths = spec.widths()
-    identity = fingerprint(spec, schedule, widths, config, images)
-    state_file: Path = a.output / "state.safetensors"
-    state = load_state(identity, state_file) if state_file.exists() else initial_state(spec, a.seed)
+    init = None if a.init is None else load_supernet(a.init)
+    if init is not None and init.spec != spec:
+        raise SpecError(f"{a.init} is a supernet of another architecture: {init.spec.to_json()}")
+    identity = fingerprint(spec, schedule, widths, config, images, init)
+    state_file = a.output / STATE
+    if state_file.exists():
+        state = load_state(identity, state_file)
+    else:
+        state = initial_state(spec, a.seed) if init is None else state_from_weights(init.weights)
+    provenance: dict[str, Any] = {"data": {"name": a.data.name, **identity["images"]}}
+    if init is not None:
+        provenance["init"] = dict(init.provenance)
     bf16 = a.precision == "bf16" or (a.precision == "auto" and torch.cpu._is_amx_tile_supported())
-    trainer = Trainer(spec, schedule, widths, config, images, state, bf16=bf16)
+    trainer = Trainer(spec, schedule, widths, config, images, state, bf16=bf16, provenance=provenance)
     steps = math.ceil(a.images / a.batch_size)
     print(
         f"{len(images)} images, widths {', '.join(spec.label(w) for w in widths)}, {'bf16' if bf16 else 'fp32'}; "
@@ -133,33 +136,89 @@ def train(arguments: argparse.Namespace) -> None:
         file=sys.stderr,
     )
     a.output.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=steps, initial=state.step, unit="step", disable=not sys.stderr.isatty())
-    started, first, logged = time.monotonic(), state.step, 0.0
+    with _Progress(trainer, identity, a.output, steps, a.samples_every) as progress:
+        run_training(trainer, steps=steps, save_every_s=a.save_every, on_step=progress.advance, on_save=progress.save)
+    progress.draw()
+    print(f"{a.output / SUPERNET}: cut it with: ddsm-export {a.output / SUPERNET}")
 
-    def on_step(_: dict[int, float]) -> None:
-        nonlocal logged
-        bar.update()
-        if time.monotonic() - logged > LOG_EVERY_S:
-            logged = time.monotonic()
-            rate = (state.step - first) * config.batch_size / (logged - started)
-            loss = {f"w{width:03d}": round(value, 4) for width, value in sorted(state.losses.items())}
-            line = {"step": state.step, "images": trainer.images_seen, "images_per_s": round(rate, 2), "loss": loss}
-            with (a.output / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss)
-            if bar.disable:
-                print(json.dumps(line), file=sys.stderr, flush=True)
-        if state.step % max(1, a.samples_every // config.batch_size) == 0:
-            save_grids(trainer.supernet(), widths, a.output / "samples")
 
-    def on_save() -> None:
-        save_state(state, identity, state_file)
-        save_supernet(trainer.supernet(), a.output / "supernet.safetensors")
+def spec_from_options(arguments: argparse.Namespace) -> UNetSpec:
+    """The architecture that the options name; its full width must be possible.
 
-    with bar:
-        run_training(trainer, steps=steps, save_every_s=a.save_every, on_step=on_step, on_save=on_save)
-    save_grids(trainer.supernet(), widths, a.output / "samples")
-    print(f"{a.output / 'supernet.safetensors'}: cut it with: ddsm-export {a.output / 'supernet.safetensors'}")
+    Raises:
+        SpecError: it cannot exist.
+    """
+    a = arguments
+    spec = UNetSpec(
+        image_size=a.image_size,
+        channels=a.channels,
+        base_channels=a.base_channels,
+        channel_mults=a.channel_mults,
+        attention_levels=a.attention_levels,
+        num_res_blocks=a.num_res_blocks,
+        groups=a.groups,
+        conv_multiple=a.conv_multiple,
+        linear_multiple=a.linear_multiple,
+        timesteps=a.timesteps,
+        time_features=a.base_channels,
+        time_dim=4 * a.base_channels,
+        dropout=a.dropout,
+    )
+    spec.check_width(a.base_channels)
+    return spec
+
+
+class _Progress:
+    """What a training shows and leaves behind: bar or lines, log, state, supernet, samples."""
+
+    def __init__(
+        self, trainer: "Trainer", identity: Mapping[str, Any], output: Path, steps: int, samples_every: int
+    ) -> None:
+        self.trainer, self.identity, self.output = trainer, identity, output
+        self.steps_between_samples = max(1, samples_every // trainer.config.batch_size)
+        self.first_step, self.started, self.logged = trainer.state.step, time.monotonic(), 0.0
+        self.bar = tqdm(total=steps, initial=self.first_step, unit="step", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, _: Mapping[int, float]) -> None:
+        """After every step."""
+        self.bar.update()
+        if time.monotonic() - self.logged > LOG_EVERY_S:
+            self.log()
+        if self.trainer.state.step % self.steps_between_samples == 0:
+            self.draw()
+
+    def log(self) -> None:
+        """One line of ``log.jsonl``, with the running loss of every width."""
+        self.logged = time.monotonic()
+        state = self.trainer.state
+        rate = (state.step - self.first_step) * self.trainer.config.batch_size / (self.logged - self.started)
+        loss = {f"w{width:03d}": round(value, 4) for width, value in sorted(state.losses.items())}
+        line = {"step": state.step, "images": self.trainer.images_seen, "images_per_s": round(rate, 2), "loss": loss}
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        self.bar.set_postfix(loss)
+        if self.bar.disable:
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """The state to resume from, and the supernet so far."""
+        from ddsm_export.supernet import save_supernet
+        from ddsm_export.training.trainer import save_state
+
+        save_state(self.trainer.state, self.identity, self.output / STATE)
+        save_supernet(self.trainer.supernet(), self.output / SUPERNET)
+
+    def draw(self) -> None:
+        """A grid of samples per width."""
+        from ddsm_export.training.samples import save_grids
+
+        save_grids(self.trainer.supernet(), self.trainer.widths, self.output / "samples")
 
 
 if __name__ == "__main__":

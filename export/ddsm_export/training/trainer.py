@@ -9,6 +9,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,13 @@ def initial_state(spec: UNetSpec, seed: int) -> TrainingState:
             tensor = torch.empty(parameter.shape)
             torch.nn.init.xavier_uniform_(tensor, gain=gain, generator=generator)
             weights[name] = tensor
+    return state_from_weights(weights)
+
+
+def state_from_weights(weights: Mapping[str, Tensor]) -> TrainingState:
+    """A training that begins at these weights: no step taken, no moment known."""
     return TrainingState(
-        weights=weights,
+        weights={name: tensor.clone() for name, tensor in weights.items()},
         ema={name: tensor.clone() for name, tensor in weights.items()},
         first_moment={name: torch.zeros_like(tensor) for name, tensor in weights.items()},
         second_moment={name: torch.zeros_like(tensor) for name, tensor in weights.items()},
@@ -114,6 +121,7 @@ class Trainer:
     """Owns the state, the optimiser over it, and the static networks the widths are called through.
 
     ``bf16`` computes under autocast; it is not part of the recipe, so a training may resume on another machine.
+    ``provenance`` (data, what it began from) is passed on to the supernet.
     """
 
     def __init__(
@@ -126,8 +134,9 @@ class Trainer:
         state: TrainingState,
         *,
         bf16: bool,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        self.bf16 = bf16
+        self.bf16, self.provenance = bf16, provenance or {}
         self.spec, self.schedule, self.widths, self.config, self.state = spec, schedule, widths, config, state
         self.images = images
         self.networks: dict[int, UNet] = {width: empty_unet(spec, width).train() for width in widths}
@@ -220,22 +229,23 @@ class Trainer:
                 "widths": list(self.widths),
                 "loss": {str(width): round(loss, 5) for width, loss in sorted(self.state.losses.items())},
                 "config": asdict(self.config),
+                **self.provenance,
             },
         )
 
 
-_order: tuple[tuple[int, int, int], NDArray[np.int64]] | None = None
-
-
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    global _order  # noqa: PLW0603 - one cached permutation
-    if _order is None or _order[0] != (count, seed, epoch):
-        _order = (count, seed, epoch), np.random.default_rng([seed, epoch]).permutation(count)
-    return _order[1]
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def fingerprint(
-    spec: UNetSpec, schedule: NoiseSchedule, widths: tuple[int, ...], config: TrainConfig, images: NDArray[np.uint8]
+    spec: UNetSpec,
+    schedule: NoiseSchedule,
+    widths: tuple[int, ...],
+    config: TrainConfig,
+    images: NDArray[np.uint8],
+    init: Supernet | None = None,
 ) -> dict[str, Any]:
     """What a resumed training must agree with."""
     return {
@@ -243,7 +253,8 @@ def fingerprint(
         "noise_schedule": schedule.to_json(),
         "widths": list(widths),
         "config": asdict(config),
-        "images": list(images.shape),
+        "images": {"shape": list(images.shape), "sha256": sha256(images.tobytes()).hexdigest()},
+        "init": None if init is None else dict(init.provenance),
     }
 
 
