@@ -196,12 +196,13 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path) -> "Bundle":
+    def open(cls, path: Path | str) -> "Bundle":
         """Read and check the manifest.
 
         Raises:
             BundleError: no bundle, damaged, of a newer format.
         """
+        path = Path(path)
         manifest = path / MANIFEST
         if not manifest.is_file():
             raise BundleError(f"{path} is not a bundle: {MANIFEST} is missing; make one with ddsm-export SUPERNET.pt")

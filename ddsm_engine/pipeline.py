@@ -98,7 +98,7 @@ class Pipeline:
             BackendError: a backend that is not installed.
         """
         options = EngineOptions(device=device, precision=precision, threads=threads)
-        return cls(Bundle.open(Path(path)), backend, options)
+        return cls(Bundle.open(path), backend, options)
 
     def strategy(self, text: str | Path) -> Strategy:
         """Find a strategy: ``uniform:4/8``, the name of one in the bundle, or a file.

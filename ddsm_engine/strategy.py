@@ -132,12 +132,12 @@ class Strategy:
         segments = [{"first": run.first, "last": run.last, **_choice_to_json(run.choice)} for run in self.runs]
         return {**head, "length": len(self.choices), "segments": segments, "provenance": dict(self.provenance)}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write YAML, whole or not at all."""
-        write_atomically(path, yaml.safe_dump(self.to_json(), sort_keys=False, width=120).encode())
+        write_atomically(Path(path), yaml.safe_dump(self.to_json(), sort_keys=False, width=120).encode())
 
     @classmethod
-    def load(cls, path: Path) -> "Strategy":
+    def load(cls, path: Path | str) -> "Strategy":
         """Read a strategy file: ours (YAML or JSON), a JSON list, or the published search's text.
 
         The published text is one Python list of numbers; index = timestep. It is parsed as data, never evaluated.
@@ -145,6 +145,7 @@ class Strategy:
         Raises:
             StrategyError: unreadable, two lists on a line, a gap or an overlap, anything that is not a number.
         """
+        path = Path(path)
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise StrategyError(f"{path} is larger than {MAX_BYTES} bytes; it is not a strategy")

@@ -51,9 +51,11 @@ def sinusoid(timesteps: Timesteps, features: int) -> NDArray[np.float32]:
         features: Columns, even.
 
     Returns:
-        float32 [len(timesteps), features]; frequencies are rounded to float32 and angles are float32 products, as the
+        float32 [len(timesteps), features]; exponents, frequencies and angles are rounded to float32, as the
         published table's are.
     """
-    frequencies = np.exp(-np.arange(0, features, 2) / features * np.log(1e4)).astype(np.float32)
+    exponents = np.arange(0, features, 2, dtype=np.float32) / np.float32(features) * np.float32(np.log(1e4))
+    # In float64, then rounded: float32 exponentials differ between libraries, and a timestep multiplies the difference.
+    frequencies = np.exp(-exponents.astype(np.float64)).astype(np.float32)
     angles = np.asarray(timesteps, dtype=np.float32)[:, None] * frequencies
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(len(angles), features)

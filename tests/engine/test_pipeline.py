@@ -239,7 +239,7 @@ def test_a_value_that_is_not_finite_stops_the_run_with_its_call_and_variant(valu
 
 
 def test_a_call_allocates_no_array() -> None:
-    """Everything a run needs is allocated before its second call; a batch of these is 49 kB."""
+    """Everything that a run needs is allocated by its first call."""
     shape = (64, *TINY.sample_shape)
     scheduler = Scheduler(shape, TINY.time_features)
     scheduler.add("w016", BrokenEngine(10**9, 0.1))
@@ -259,7 +259,8 @@ def test_a_call_allocates_no_array() -> None:
     finally:
         tracemalloc.stop()
     assert grown[0] > x_bytes(shape), "the buffers of the noise are made at the start, and are seen"
-    assert grown[1:].max() < x_bytes(shape) / 10
+    # Under the size of any batch: views, and the bounded buffer through which numpy casts words to floats.
+    assert grown[1:].max() < x_bytes(shape)
 
 
 def x_bytes(shape: tuple[int, ...]) -> int:
