@@ -116,9 +116,12 @@ class _Job:
             raise KeyboardInterrupt
 
     def into_folder(self, folder: Path) -> None:
-        """One PNG an image, written when its batch ends; ``run.json`` records what they are."""
+        """One PNG an image, written when its batch ends; ``run.json``, written first, records what they are."""
 
         def save(batch: Batch) -> None:
+            if not (folder / RUN_FILE).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / RUN_FILE, (json.dumps(self._identity(), indent=1) + "\n").encode())
             for offset, image in enumerate(batch.x_final):
                 save_png(image, folder / f"{batch.first_image + offset:06d}.png")
 
@@ -127,8 +130,6 @@ class _Job:
             _check_identity(folder / RUN_FILE, self._identity())
             existing = {int(file.stem) for file in folder.glob("[0-9]*.png")}
         with nullcontext() if self.arguments.resume else set_aside(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / RUN_FILE, (json.dumps(self._identity(), indent=1) + "\n").encode())
             interrupted = self._draw(save, existing)
         if interrupted:
             raise KeyboardInterrupt

@@ -168,6 +168,7 @@ def test_the_umbrella_command_runs_the_same(here: Path, capsys: pytest.CaptureFi
         (["--seed", "-1"], "a seed is"),
         (["--device", "cuda"], "no device 'cuda'"),
         (["--precision", "bf16"], "no bf16 arithmetic"),
+        (["--precision", "bf16", "-o", "folder"], "no bf16 arithmetic"),
         (["--backend", "openvino", "--device", "cuda"], "runs on the CPU"),
         (["-o", "x.jpg"], "must end in .png"),
         (["-o", "x.png", "--resume"], "finishes a folder"),

@@ -20,11 +20,16 @@ from ddsm_export.supernet import Supernet
 def draw(supernet: Supernet, width: int, *, count: int, steps: int, seed: int = 0) -> NDArray[np.float32]:
     """Draw with one width and DDIM; the same seed gives every width the same initial noise.
 
+    The predicted clean image is clipped to ± 1: at the noisy end an error of a young network is divided by √ᾱ = 1/157,
+    and without the clip its samples are black or white long after they have shapes.
+
     Returns:
         float32 [count, C, H, W], clipped to [-1, 1].
     """
     spec = supernet.spec
-    plan = plan_calls([str(width)] * steps, ddim(supernet.noise_schedule, steps), supernet.time_features)
+    plan = plan_calls(
+        [str(width)] * steps, ddim(supernet.noise_schedule, steps, clip_sample=1.0), supernet.time_features
+    )
     scheduler = Scheduler((count, *spec.sample_shape), spec.time_features)
     scheduler.add(str(width), TorchEngine(subnetwork(spec, supernet.weights, width), EngineOptions()))
     scheduler.run(plan, SeededNoise(seed))
