@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddsm_engine.bundle import Bundle
+from ddsm_engine.bundle import TIME_TABLE_KEY, Bundle
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec, make_divisible
 
@@ -228,7 +228,7 @@ def dynamic_unet_from_bundle(bundle: Bundle) -> DynamicUNet:
     spec = bundle.manifest.spec
     with torch.device("meta"):
         network = DynamicUNet(spec)
-    weights = {name: tensor for name, tensor in load_file(bundle.weights()).items() if name != "time_table"}
+    weights = {name: tensor for name, tensor in load_file(bundle.weights()).items() if name != TIME_TABLE_KEY}
     weights["time.table.weight"] = torch.from_numpy(bundle.time_table()[range(spec.timesteps)])
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(requires_grad=False)

@@ -25,6 +25,7 @@ FAMILY = "ddsm-unet"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TIME_TABLE = "time_table.safetensors"
+TIME_TABLE_KEY = "time_table"
 MAX_MANIFEST_BYTES = 4 << 20
 
 
@@ -251,7 +252,7 @@ class Bundle:
         file = self._listed(TIME_TABLE)
         if file is None:
             return TimeTable.sinusoidal(spec.timesteps, spec.time_features)
-        rows = load_file(file).get("time_table")
+        rows = load_file(file).get(TIME_TABLE_KEY)
         if rows is None or rows.dtype != np.float32 or rows.shape != (spec.timesteps, spec.time_features):
             raise BundleError(f"{file} does not hold the time table of this architecture; export the bundle again")
         return TimeTable(rows)

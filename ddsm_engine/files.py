@@ -25,7 +25,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _give_ordinary_modes(temporary, scratch)
         flush_to_disk(temporary)
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        _sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -40,18 +40,23 @@ def _give_ordinary_modes(path: Path, scratch: Path) -> None:
     """Let the user's umask decide who may read: some writers make private files and would leave them so."""
     ordinary = scratch / ".mode"
     ordinary.touch()
-    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+    mode = ordinary.stat().st_mode
+    for item in _tree(path):
         if item.is_file():
-            item.chmod(ordinary.stat().st_mode)
+            item.chmod(mode)
 
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or every file of a folder, is on the disk: a rename must not overtake its content."""
-    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        _sync_folder(item)
+    for item in _tree(path):
+        _sync(item)
 
 
-def _sync_folder(path: Path) -> None:
+def _tree(path: Path) -> list[Path]:
+    return [path, *path.rglob("*")] if path.is_dir() else [path]
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -161,7 +161,7 @@ class Pipeline:
             DdsmError: an argument that does not fit the bundle, or a value that is not finite.
         """
         plan = self.plan(strategy, sampler, steps, eta=eta, clip_sample=clip_sample)
-        size = max(1, min(num_images, DEFAULT_BATCH)) if batch_size is None else batch_size
+        size = choose_batch_size(num_images, batch_size)
         source = None
         if x_T is not None or noise is not None:
             source = _InjectedNoise(seed, x_T, noise, (num_images, *self.bundle.manifest.spec.sample_shape))
@@ -193,7 +193,7 @@ class Pipeline:
             source: Injected noise, or None for the seed's.
             skip: Asked with the numbers of a batch's images; True leaves it out.
         """
-        check_counts(num_images, batch_size)
+        choose_batch_size(num_images, batch_size)
         seeded = SeededNoise(seed)
         if not self._lock.acquire(blocking=False):
             raise BackendError("this Pipeline is running in another thread; open one Pipeline per thread")
@@ -293,14 +293,16 @@ class _InjectedNoise:
         out[len(rows) :] = 0
 
 
-def check_counts(num_images: int, batch_size: int) -> None:
-    """Refuse to draw nothing.
+def choose_batch_size(num_images: int, wanted: int | None) -> int:
+    """The number of images to draw at a time: the wanted one, or ``DEFAULT_BATCH`` for as many images.
 
     Raises:
         SamplerError: no image, or an empty batch.
     """
+    batch_size = max(1, min(num_images, DEFAULT_BATCH)) if wanted is None else wanted
     if num_images < 1 or batch_size < 1:
         raise SamplerError(f"expected at least one image and a batch of one, found {num_images} and {batch_size}")
+    return batch_size
 
 
 def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:

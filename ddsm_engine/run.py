@@ -16,7 +16,7 @@ from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import atomic_path, refuse_existing, set_aside, write_atomically
 from ddsm_engine.images import grid, save_png
-from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, check_counts, find_bundle
+from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, choose_batch_size, find_bundle
 from ddsm_engine.plan import Plan
 from ddsm_engine.sampler import SAMPLERS
 from ddsm_engine.trace import Trace
@@ -98,8 +98,7 @@ class _Job:
         self.pipeline, self.arguments = pipeline, arguments
         self.strategy = pipeline.strategy(a.strategy)
         self.plan = pipeline.plan(self.strategy, a.sampler, a.steps, eta=a.eta, clip_sample=a.clip_sample)
-        self.batch_size: int = max(1, min(a.num_images, DEFAULT_BATCH)) if a.batch_size is None else a.batch_size
-        check_counts(a.num_images, self.batch_size)
+        self.batch_size = choose_batch_size(a.num_images, a.batch_size)
         self.finished: list[Batch] = []
 
     def into_file(self, output: Path) -> None:

@@ -76,7 +76,7 @@ class Scheduler:
         return clock
 
     def _update(self, plan: Plan, call: int, noise: NoiseSource) -> None:
-        """X ← update · (x, eps, x_0, noise), in place."""
+        """Replace ``x`` by update · (x, eps, x_0, noise), in place."""
         of_x, of_eps, of_x_0, of_noise = plan.update[call]
         if plan.clip is not None:
             np.multiply(self.x, plan.to_x_0[call, 0], out=self._noise)

@@ -108,13 +108,11 @@ class Strategy:
             StrategyError: a choice that no variant offers.
         """
         known = list(variants)
-        by_choice: dict[Choice, str] = {Fraction(v.width_mult).limit_denominator(1 << 12): v.id for v in known}
+        by_choice: dict[Choice, str] = {_fraction(v.width_mult): v.id for v in known}
         by_choice |= {v.id: v.id for v in known}
         for choice in dict.fromkeys(self.choices):
             if choice not in by_choice:
-                offered = ", ".join(
-                    f"{v.id} ({spell(Fraction(v.width_mult).limit_denominator(1 << 12))})" for v in known
-                )
+                offered = ", ".join(f"{v.id} ({spell(_fraction(v.width_mult))})" for v in known)
                 raise StrategyError(f"the strategy asks for {spell(choice)}; the bundle offers {offered}")
         return tuple(by_choice[choice] for choice in self.choices)
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from safetensors.torch import save_file
 
-from ddsm_engine.bundle import MANIFEST, TIME_TABLE, WEIGHTS, FileInfo, Manifest, Variant
+from ddsm_engine.bundle import MANIFEST, TIME_TABLE, TIME_TABLE_KEY, WEIGHTS, FileInfo, Manifest, Variant
 from ddsm_engine.cost import gflops
 from ddsm_engine.errors import SpecError
 from ddsm_engine.files import atomic_path, refuse_existing, set_aside, sha256_of
@@ -22,7 +22,7 @@ from ddsm_engine.strategy import Strategy
 from ddsm_export.cost import count_cost
 from ddsm_export.onnx import DEFAULT_OPSET, input_infos, onnx_from_subnetwork, output_infos
 from ddsm_export.parity import measure_parity
-from ddsm_export.supernet import TIME_TABLE_KEY, Supernet, save_supernet
+from ddsm_export.supernet import Supernet, save_supernet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

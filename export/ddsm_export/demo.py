@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.cli import guarded
 from ddsm_engine.cost import gflops
 from ddsm_engine.files import atomic_path, refuse_existing, set_aside
@@ -73,10 +72,8 @@ def demo(output: Path, *, force: bool) -> None:
         with Pipeline.from_bundle(bundle) as pipeline:
             results = _draw_in_turns(pipeline)
             plan = pipeline.plan("coarse", "ddim", STEPS)
-            options = EngineOptions(precision="fp32" if pipeline.precision == "fp32" else "bf16")
-            rows = measure_latency(
-                pipeline.bundle, pipeline.bundle.manifest.variants, pipeline.backend, BATCH, options, repeats=9
-            )
+            variants = pipeline.bundle.manifest.variants
+            rows = measure_latency(pipeline.bundle, variants, pipeline.backend, BATCH, pipeline.options, repeats=9)
         trace: dict[str, Any] = {"environment": environment(), "plan": str(plan)}
         for name, rounds in results.items():
             images = np.concatenate([result.images for result in rounds])

@@ -108,7 +108,6 @@ def onnx_from_subnetwork(
                 example,
                 dynamo=True,
                 opset_version=opset,
-                external_data=False,
                 verbose=False,
                 input_names=[tensor.name for tensor in input_infos(spec)],
                 output_names=[tensor.name for tensor in output_infos(spec)],

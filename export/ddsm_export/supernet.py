@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ddsm_engine.bundle import TIME_TABLE_KEY
 from ddsm_engine.errors import CheckpointError, DdsmError
 from ddsm_engine.files import atomic_path
 from ddsm_engine.networks.slicing import empty_unet
@@ -21,7 +22,6 @@ from ddsm_engine.time_table import TimeTable
 
 FORMAT = "ddsm-supernet"
 FORMAT_VERSION = 1
-TIME_TABLE_KEY = "time_table"
 
 
 @dataclass(frozen=True, slots=True)
