@@ -8,7 +8,7 @@ from typing import Any
 
 from ddsm_engine.cost import gflops
 from ddsm_engine.errors import OutputError
-from ddsm_engine.files import write_atomically
+from ddsm_engine.files import clear_leftovers, write_atomically
 
 Record = dict[str, Any]
 
@@ -17,6 +17,8 @@ SHORT = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch dynamic":
 
 def save(record: Record, path: Path) -> None:
     """Write the JSON and, beside it, the Markdown; each whole or not at all."""
+    for file in (path, path.with_suffix(".md")):
+        clear_leftovers(file.parent, file.name)
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(path.with_suffix(".md"), report(record).encode())
 

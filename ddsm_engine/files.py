@@ -1,33 +1,52 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, whatever kills the process that writes them.
 
+New content is written under a temporary sibling, ``.NAME.RANDOM.ddsm-partial/``, and takes its name by one rename. The
+sibling is locked for as long as its process lives; the next command that writes the same name clears what it finds
+unlocked.
+"""
+
+import ctypes
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddsm_engine.errors import OutputError
 
+SUFFIX = ".ddsm-partial"
+_ASIDE = "replaced"
+
+_AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_NOT_OFFERED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write; it takes the name ``target`` only if the block ends well.
+def atomic_path(target: Path, *, replace: bool = True, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling to write, a file or a folder; it takes the name ``target`` if the block ends well.
 
-    Works for a file and for a folder (make the folder yourself). A folder must not exist under the final name.
+    A kill at any moment leaves what was there before, or all of the new content.
+
+    Args:
+        target: The final name. Missing parents are made.
+        replace: Whether what has this name at the end gives way; it is deleted last.
+        private: Whether only this user may read it; otherwise the user's umask decides.
+
+    Raises:
+        OutputError: something has this name and must not be replaced; it is untouched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        temporary = scratch / target.name
+    with _locked_sibling(target) as sibling:
+        temporary = sibling / target.name
         yield temporary
-        _give_ordinary_modes(temporary, scratch)
+        _give_modes(temporary, 0o600 if private else _ordinary_mode(sibling))
         flush_to_disk(temporary)
-        os.replace(temporary, target)
+        _put_in_place(temporary, target, replace=replace)
         _sync(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_atomically(target: Path, data: bytes) -> None:
@@ -36,11 +55,134 @@ def write_atomically(target: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def _give_ordinary_modes(path: Path, scratch: Path) -> None:
-    """Let the user's umask decide who may read: some writers make private files and would leave them so."""
-    ordinary = scratch / ".mode"
+@contextmanager
+def _locked_sibling(target: Path) -> Iterator[Path]:
+    sibling, lock = _make_locked_sibling(target)
+    try:
+        yield sibling
+    finally:
+        shutil.rmtree(sibling, ignore_errors=True)
+        os.close(lock)
+
+
+def _make_locked_sibling(target: Path) -> tuple[Path, int]:
+    while True:
+        sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent))
+        # Between its making and its locking, another process may take it for a dead one's and delete it.
+        with suppress(FileNotFoundError):
+            lock = _lock(sibling, fcntl.LOCK_EX)
+            if sibling.exists():
+                return sibling, lock
+            os.close(lock)
+
+
+def _lock(folder: Path, operation: int) -> int:
+    """Lock a folder; the system lets go when the descriptor is closed or the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def only_one_process(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process while the block runs.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    try:
+        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is in use by another process; wait for it, or choose another") from error
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left in a folder while they wrote ``name`` (None: anything).
+
+    Where the file system cannot exchange two folders, a kill may have come between moving the old one aside and giving
+    the new one its name; the old one then gets its name back.
+    """
+    for sibling in sorted(folder.glob(f".*{SUFFIX}")):
+        written = sibling.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
+        if name not in (None, written):
+            continue
+        with suppress(FileNotFoundError):  # another process cleared it first
+            try:
+                lock = _lock(sibling, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # its process is alive
+            if (sibling / _ASIDE).exists() and not _is_there(folder / written):
+                os.replace(sibling / _ASIDE, folder / written)
+            shutil.rmtree(sibling)
+            os.close(lock)
+
+
+def _put_in_place(temporary: Path, target: Path, *, replace: bool) -> None:
+    try:
+        if not replace:
+            _rename_to_a_free_name(temporary, target)
+        elif _is_there(target) and (target.is_dir() or temporary.is_dir()):
+            _exchange(temporary, target)
+        else:
+            os.replace(temporary, target)
+    except FileExistsError as error:
+        raise OutputError(f"{target} exists already, made by another process meanwhile; it was kept") from error
+
+
+def _rename_to_a_free_name(source: Path, target: Path) -> None:
+    if _rename_with(_NO_REPLACE, source, target):
+        return
+    if _is_there(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.replace(source, target)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    """Swap two names in one step, or in the two that ``clear_leftovers`` can finish."""
+    if _rename_with(_EXCHANGE, temporary, target):
+        return
+    aside = temporary.with_name(_ASIDE)
+    os.replace(target, aside)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+
+
+def _rename_with(flag: int, source: Path, target: Path) -> bool:
+    """Linux's ``renameat2``; False where the system or the file system does not offer it."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_OFFERED:
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _ordinary_mode(sibling: Path) -> int:
+    """What the umask lets a new file be: some writers make private files and would leave them so."""
+    ordinary = sibling / ".mode"
     ordinary.touch()
-    mode = ordinary.stat().st_mode
+    return ordinary.stat().st_mode
+
+
+def _give_modes(path: Path, mode: int) -> None:
     for item in _tree(path):
         if item.is_file():
             item.chmod(mode)
@@ -64,37 +206,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse, before any work is done, an output that exists or that could not be written.
+def refuse_existing(path: Path, *, force: bool, marker: str | None = None) -> None:
+    """Refuse, before any work is done, an output that exists or that could not be written; clear leftovers of it.
+
+    Args:
+        path: The output.
+        force: Whether it may be replaced.
+        marker: A file that every folder of this kind holds. A folder without it (unless empty) is somebody's own and is
+            not replaced, whatever ``force`` says; None where the output is no folder.
 
     Raises:
-        OutputError: it exists and ``force`` was not asked for, or its folder is none or is read-only.
+        OutputError: it exists and must not be replaced, or its folder is none or is read-only.
     """
+    if path.name in ("", ".."):
+        raise OutputError(f"{path} is no name for an output; give it one of its own")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OutputError(f"{path} cannot be written: {folder} is not a folder that you may write to")
-    if not force and (path.exists() or path.is_symlink()):
+    clear_leftovers(path.parent, path.name)
+    if not force and _is_there(path):
         raise OutputError(f"{path} exists already; choose another output or add --force to replace it")
-
-
-@contextmanager
-def set_aside(target: Path) -> Iterator[None]:
-    """Move what is in the way aside; delete it when the block ends well, put it back when it does not."""
-    if not (target.exists() or target.is_symlink()):
-        yield
-        return
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
-    aside = holder / target.name
-    os.replace(target, aside)
-    try:
-        yield
-    except BaseException:
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-        raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
+    if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).is_file()):
+        raise OutputError(f"{path} is a folder that holds something else, and is not replaced; choose another output")
 
 
 def sha256_of(path: Path) -> str:

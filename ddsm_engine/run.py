@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from ddsm_engine.backends import BACKENDS
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
-from ddsm_engine.files import atomic_path, refuse_existing, set_aside, write_atomically
+from ddsm_engine.files import atomic_path, clear_leftovers, refuse_existing, write_atomically
 from ddsm_engine.images import grid, save_png
 from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, choose_batch_size, find_bundle
 from ddsm_engine.plan import Plan
@@ -70,8 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise OutputError(f"{output} must end in .png (a grid), .npz (an array) or nothing (a folder of PNGs)")
     if arguments.resume and (output.suffix or arguments.force):
         raise OutputError("--resume finishes a folder of images (-o FOLDER), and excludes --force")
-    if not arguments.resume:
-        refuse_existing(output, force=arguments.force)
+    if arguments.resume and output.exists():
+        clear_leftovers(output)
+    else:
+        refuse_existing(output, force=arguments.force, marker=RUN_FILE)
     if arguments.trace is not None:
         refuse_existing(arguments.trace, force=arguments.force)
     bundle = find_bundle(arguments.strategy, arguments.bundle, Path.cwd())
@@ -105,33 +106,45 @@ class _Job:
         """One grid or one array, whole or not at all; after Ctrl-C it holds the images that were finished."""
         interrupted = self._draw(lambda batch: None, existing=set())
         images = np.clip(np.concatenate([batch.x_final for batch in self.finished]), -1, 1)
-        with set_aside(output):
+        with atomic_path(output, replace=self.arguments.force) as temporary:
             if output.suffix == ".npz":
-                with atomic_path(output) as temporary:
-                    np.savez(temporary, images=images)
+                np.savez(temporary, images=images)
             else:
-                save_png(grid(images), output)
+                save_png(grid(images), temporary)
         if interrupted:
             raise KeyboardInterrupt
 
     def into_folder(self, folder: Path) -> None:
-        """One PNG an image, written when its batch ends; ``run.json``, written first, records what they are."""
+        """One PNG an image; ``run.json`` records what they are.
+
+        A new folder appears with ``run.json`` in it and grows batch by batch, so that a killed run can be resumed. One
+        that is replaced stays until the new one is finished, or interrupted with images to keep.
+        """
+        if self.arguments.force and folder.exists():
+            with atomic_path(folder) as temporary:
+                interrupted = self._fill(temporary)
+        else:
+            interrupted = self._fill(folder)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _fill(self, folder: Path) -> bool:
+        """Draw the images that a folder lacks; returns whether Ctrl-C ended it early."""
+        identity = self._identity()
+        existing: set[int] | None = None
+        if self.arguments.resume and folder.exists():
+            _check_identity(folder / RUN_FILE, identity)
+            existing = {int(file.stem) for file in folder.glob("[0-9]*.png")}
 
         def save(batch: Batch) -> None:
-            if not (folder / RUN_FILE).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / RUN_FILE, (json.dumps(self._identity(), indent=1) + "\n").encode())
+            if existing is None and not self.finished:
+                with atomic_path(folder, replace=False) as temporary:
+                    temporary.mkdir()
+                    (temporary / RUN_FILE).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
             for offset, image in enumerate(batch.x_final):
                 save_png(image, folder / f"{batch.first_image + offset:06d}.png")
 
-        existing: set[int] = set()
-        if self.arguments.resume:
-            _check_identity(folder / RUN_FILE, self._identity())
-            existing = {int(file.stem) for file in folder.glob("[0-9]*.png")}
-        with nullcontext() if self.arguments.resume else set_aside(folder):
-            interrupted = self._draw(save, existing)
-        if interrupted:
-            raise KeyboardInterrupt
+        return self._draw(save, existing or set())
 
     def _draw(self, save: Callable[[Batch], None], existing: set[int]) -> bool:
         """Draw what does not exist yet; returns whether Ctrl-C ended it early (with something to keep)."""
@@ -168,7 +181,7 @@ class _Job:
         a = self.arguments
         return {
             "format": "ddsm-run",
-            "bundle": self.pipeline.bundle.manifest.to_json()["checksum"],
+            "bundle": self.pipeline.bundle.manifest.checksum,
             "strategy": self.strategy.to_json()["segments"],
             "sampler": a.sampler,
             "steps": len(self.plan.variants),

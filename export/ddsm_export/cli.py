@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddsm_engine.bundle import MANIFEST
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import SpecError
 from ddsm_engine.files import refuse_existing
@@ -56,7 +57,7 @@ def export(arguments: argparse.Namespace) -> None:
     """
     source: Path = arguments.supernet
     output: Path = arguments.output or source.with_suffix(".bundle")
-    refuse_existing(output, force=arguments.force)
+    refuse_existing(output, force=arguments.force, marker=MANIFEST)
     # Imported here so that --help and a wrong path answer at once, without torch.
     from ddsm_export.bundling import ExportOptions, export_bundle
     from ddsm_export.checkpoints import open_supernet

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddsm_engine.cli import guarded
 from ddsm_engine.cost import gflops
-from ddsm_engine.files import atomic_path, refuse_existing, set_aside
+from ddsm_engine.files import atomic_path, refuse_existing
 from ddsm_engine.images import grid, save_png
 from ddsm_engine.measure.environment import environment
 from ddsm_engine.measure.latency import LatencyRow, measure_latency
@@ -24,6 +24,7 @@ from ddsm_engine.plan import Plan
 from ddsm_engine.strategy import Strategy
 
 SUPERNET = "fashion_mnist.safetensors"
+TRACE = "trace.json"
 STEPS = 50
 CLIP = 1.0
 """The shipped supernet was trained briefly; unclipped, errors at the noisy end drive samples to black or white."""
@@ -52,7 +53,7 @@ def demo(output: Path, *, force: bool) -> None:
     Raises:
         OutputError: the folder exists.
     """
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, marker=TRACE)
     from ddsm_export.bundling import ExportOptions, export_bundle
     from ddsm_export.supernet import load_supernet
 
@@ -60,7 +61,7 @@ def demo(output: Path, *, force: bool) -> None:
         supernet = load_supernet(file)
     strategy = Strategy.coarse(COARSE, supernet.spec.timesteps)
     started = time.monotonic()
-    with set_aside(output), atomic_path(output) as folder:
+    with atomic_path(output, replace=force) as folder:
         folder.mkdir()
         bundle = folder / "fashion-mnist.bundle"
         print("cutting and exporting the widths", flush=True)
@@ -79,7 +80,7 @@ def demo(output: Path, *, force: bool) -> None:
             images = np.concatenate([result.images for result in rounds])
             save_png(grid(images, columns=8), folder / f"{name}.png")
             trace[name] = [result.trace.to_json() for result in rounds]
-        (folder / "trace.json").write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
+        (folder / TRACE).write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
         draw_picture(plan, rows, folder / "latency.png")
     _print_table(rows, results, plan)
     where = output / "fashion-mnist.bundle"

@@ -1,10 +1,20 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ddsm_engine import files
 from ddsm_engine.errors import OutputError
-from ddsm_engine.files import atomic_path, refuse_existing, set_aside, sha256_of, write_atomically
+from ddsm_engine.files import (
+    SUFFIX,
+    atomic_path,
+    clear_leftovers,
+    only_one_process,
+    refuse_existing,
+    sha256_of,
+    write_atomically,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -39,22 +49,133 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert (tmp_path / "folder/deep/file").read_text() == "x"
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_is_in_the_way_is_deleted_last_or_put_back(tmp_path: Path, fails: bool) -> None:
-    target = tmp_path / "folder"
-    target.mkdir()
-    (target / "old").touch()
-    try:
-        with set_aside(target):
-            assert not target.exists()
-            target.mkdir()
-            (target / "new").touch()
-            if fails:
-                raise RuntimeError
-    except RuntimeError:
-        pass
-    assert names(target) == (["old"] if fails else ["new"])
+@pytest.fixture(params=["one step", "two steps"])
+def exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems that exchange two names in one step, and those that do not."""
+    if request.param == "two steps":
+        monkeypatch.setattr(files, "_rename_with", lambda *_: False)
+
+
+def write_folder(target: Path, content: str, *, replace: bool = True) -> None:
+    with atomic_path(target, replace=replace) as temporary:
+        temporary.mkdir()
+        (temporary / content).touch()
+
+
+@pytest.mark.usefixtures("exchanging")
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", "old")
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+        assert names(tmp_path / "folder") == ["old"]
+    assert names(tmp_path / "folder") == ["new"]
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.usefixtures("exchanging")
+def test_what_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="another process"),
+        atomic_path(tmp_path / "folder", replace=False) as temporary,
+    ):
+        write_folder(tmp_path / "folder", "theirs")
+        temporary.mkdir()
+    with (
+        pytest.raises(OutputError, match="another process"),
+        atomic_path(tmp_path / "file", replace=False) as temporary,
+    ):
+        write_atomically(tmp_path / "file", b"theirs")
+        temporary.write_bytes(b"ours")
+    assert names(tmp_path / "folder") == ["theirs"]
+    assert (tmp_path / "file").read_bytes() == b"theirs"
+    assert names(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.usefixtures("exchanging")
+@pytest.mark.parametrize("old", ["file", "folder", "link"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_a_file_and_a_folder_replace_each_other(tmp_path: Path, old: str, new: str) -> None:
+    make: dict[str, Callable[[Path], None]] = {
+        "file": Path.touch,
+        "folder": Path.mkdir,
+        "link": lambda path: path.symlink_to(tmp_path / "nowhere"),
+    }
+    target = tmp_path / "target"
+    make[old](target)
+    with atomic_path(target) as temporary:
+        make[new](temporary)
+    assert target.is_dir() == (new == "folder")
+    assert not target.is_symlink()
+    assert names(tmp_path) == ["target"]
+
+
+def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path: Path) -> None:
+    for name in ("a", "b", "a.b"):
+        (tmp_path / f".{name}.x1y2z3{SUFFIX}" / name).mkdir(parents=True)
+    (tmp_path / ".a.notes.partial").mkdir()  # somebody's own
+    clear_leftovers(tmp_path, "a")
+    assert names(tmp_path) == [".a.b.x1y2z3" + SUFFIX, ".a.notes.partial", ".b.x1y2z3" + SUFFIX]
+    with atomic_path(tmp_path / "c") as temporary:
+        temporary.touch()
+        clear_leftovers(tmp_path)
+        assert temporary.exists()
+    assert names(tmp_path) == [".a.notes.partial", "c"]
+
+
+def test_a_folder_that_was_moved_aside_by_a_killed_process_gets_its_name_back(tmp_path: Path) -> None:
+    aside = tmp_path / f".folder.x1y2z3{SUFFIX}" / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "old").touch()
+    clear_leftovers(tmp_path, "folder")
+    assert names(tmp_path / "folder") == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_temporary_folder_taken_for_a_dead_one_s_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = files._lock
+    stolen: list[Path] = []
+
+    def late(folder: Path, operation: int) -> int:
+        if not stolen:
+            stolen.append(folder)
+            folder.rmdir()
+        return lock(folder, operation)
+
+    monkeypatch.setattr(files, "_lock", late)
+    write_atomically(tmp_path / "file", b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"
+    assert stolen
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        only_one_process(tmp_path),
+        pytest.raises(OutputError, match="in use by another process"),
+        only_one_process(tmp_path),
+    ):
+        pass
+    with only_one_process(tmp_path):
+        pass
+
+
+def test_a_folder_that_holds_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    refuse_existing(tmp_path / "photos", force=True, marker="manifest.json")
+    (tmp_path / "photos" / "cat.png").touch()
+    for marker in ("manifest.json", None):
+        with pytest.raises(OutputError, match="holds something else"):
+            refuse_existing(tmp_path / "photos", force=True, marker=marker)
+    (tmp_path / "photos" / "manifest.json").touch()
+    refuse_existing(tmp_path / "photos", force=True, marker="manifest.json")
+
+
+@pytest.mark.parametrize("path", [".", "..", "/"])
+def test_an_output_needs_a_name(path: str) -> None:
+    with pytest.raises(OutputError, match="no name for an output"):
+        refuse_existing(Path(path), force=True, marker="manifest.json")
 
 
 def test_an_existing_output_is_refused_unless_forced(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_an_interrupted_replacement_leaves_the_old_output(
     old = here / output
     if output == "old":
         old.mkdir()
+        (old / "run.json").touch()
         (old / "keep.txt").write_text("old")
     else:
         old.write_text("old")
@@ -130,6 +131,33 @@ def test_an_interrupted_replacement_leaves_the_old_output(
     assert run.main([*FAST, "-o", output, "--force"]) == 1
     assert (old / "keep.txt" if output == "old" else old).read_text() == "old"
     assert sorted(file.name for file in here.iterdir()) == sorted([output, "tiny.bundle"])
+
+
+def test_a_folder_is_replaced_whole(here: Path) -> None:
+    assert run.main([*FAST, "--num-images", "3", "-o", "images"]) == 0
+    assert run.main([*FAST, "--num-images", "1", "-o", "images", "--seed", "1", "--force"]) == 0
+    assert sorted(file.name for file in (here / "images").iterdir()) == ["000000.png", "run.json"]
+    assert sorted(file.name for file in here.iterdir()) == ["images", "tiny.bundle"]
+
+
+def test_resuming_what_was_never_begun_begins_it(here: Path) -> None:
+    for output, option in (("whole", []), ("resumed", ["--resume"])):
+        assert run.main([*FAST, "--num-images", "3", "-o", output, *option]) == 0
+    files = sorted(file.name for file in (here / "whole").iterdir())
+    assert files == sorted(file.name for file in (here / "resumed").iterdir())
+    assert all((here / "whole" / name).read_bytes() == (here / "resumed" / name).read_bytes() for name in files)
+
+
+def test_a_folder_that_appeared_meanwhile_is_kept(
+    here: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    def meanwhile(self: OnnxRuntimeEngine) -> None:
+        (here / "images").mkdir(exist_ok=True)
+        RUN(self)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", meanwhile)
+    assert "made by another process" in refusal(run.main, *FAST, "--num-images", "1", "-o", "images")
+    assert list((here / "images").iterdir()) == []
 
 
 def test_force_replaces_and_only_force(here: Path, refusal: Refusal) -> None:
@@ -172,7 +200,9 @@ def test_the_umbrella_command_runs_the_same(here: Path, capsys: pytest.CaptureFi
         (["--backend", "openvino", "--device", "cuda"], "runs on the CPU"),
         (["-o", "x.jpg"], "must end in .png"),
         (["-o", "x.png", "--resume"], "finishes a folder"),
-        (["-o", "nothing", "--resume"], "cannot be resumed"),
+        (["-o", "tiny.bundle/variants", "--resume"], "cannot be resumed"),
+        (["-o", "tiny.bundle/variants", "--force"], "holds something else"),
+        (["-o", "."], "no name for an output"),
         (["-o", "tiny.bundle/manifest.json/x.png"], "is not a folder"),
     ],
 )

@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from ddsm_engine.errors import CheckpointError
+from ddsm_engine.files import only_one_process
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_export.supernet import load_supernet
 from ddsm_export.training import trainer as trainer_module
-from ddsm_export.training.cli import main, parser, spec_from_options
+from ddsm_export.training.cli import forget_log_after, main, parser, spec_from_options
 from ddsm_export.training.data import DataError, load_images
 from ddsm_export.training.trainer import (
     TrainConfig,
@@ -391,6 +392,32 @@ def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*command, "--images", "20"]) == 0
     assert "resuming at step 3 of 5" in capsys.readouterr().err
     assert load_supernet(out / "supernet.safetensors").provenance["steps"] == 5
+
+
+def test_a_log_forgets_what_a_kill_undid(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 5, 9)]
+    log = tmp_path / "log.jsonl"
+    for text, step, kept in (
+        ("".join(lines), 9, 3),
+        ("".join(lines), 6, 2),
+        (lines[0] + lines[1][:4], 9, 1),
+        (lines[0] + "7\n" + lines[1], 9, 1),
+        ("\x00", 9, 0),
+    ):
+        log.write_text(text)
+        forget_log_after(log, step)
+        assert log.read_text() == "".join(lines[:kept])
+    log.write_bytes(b"\xff\xfe")
+    forget_log_after(log, 9)
+    assert log.read_bytes() == b""
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path, refusal: Refusal) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_one_process(out):
+        assert "in use by another process" in refusal(main, npz(tmp_path, pictures()), "-o", out, *TINY_NETWORK)
+    assert list(out.iterdir()) == []
 
 
 def test_a_training_may_begin_at_a_supernet(tmp_path: Path, refusal: Refusal) -> None:

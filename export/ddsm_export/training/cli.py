@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import SpecError
+from ddsm_engine.files import clear_leftovers, only_one_process, write_atomically
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 LOG_EVERY_S = 30.0
 STATE = "state.safetensors"
 SUPERNET = "supernet.safetensors"
+SAMPLES = "samples"
+LOG = "log.jsonl"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,26 +122,30 @@ def train(arguments: argparse.Namespace) -> None:
     if init is not None and init.spec != spec:
         raise SpecError(f"{a.init} is a supernet of another architecture: {init.spec.to_json()}")
     identity = fingerprint(spec, schedule, widths, config, images, init)
-    state_file = a.output / STATE
-    if state_file.exists():
-        state = load_state(identity, state_file)
-    else:
-        state = initial_state(spec, a.seed) if init is None else state_from_weights(init.weights)
     provenance: dict[str, Any] = {"data": {"name": a.data.name, **identity["images"]}}
     if init is not None:
         provenance["init"] = dict(init.provenance)
     bf16 = a.precision == "bf16" or (a.precision == "auto" and torch.cpu._is_amx_tile_supported())
-    trainer = Trainer(spec, schedule, widths, config, images, state, bf16=bf16, provenance=provenance)
     steps = math.ceil(a.images / a.batch_size)
-    print(
-        f"{len(images)} images, widths {', '.join(spec.label(w) for w in widths)}, {'bf16' if bf16 else 'fp32'}; "
-        f"{'resuming at' if state.step else 'from'} step {state.step} of {steps}",
-        file=sys.stderr,
-    )
     a.output.mkdir(parents=True, exist_ok=True)
-    with _Progress(trainer, identity, a.output, steps, a.samples_every) as progress:
-        run_training(trainer, steps=steps, save_every_s=a.save_every, on_step=progress.advance, on_save=progress.save)
-    progress.draw()
+    with only_one_process(a.output):
+        clear_leftovers(a.output)
+        clear_leftovers(a.output / SAMPLES)
+        if (a.output / STATE).exists():
+            state = load_state(identity, a.output / STATE)
+        else:
+            state = initial_state(spec, a.seed) if init is None else state_from_weights(init.weights)
+        print(
+            f"{len(images)} images, widths {', '.join(spec.label(w) for w in widths)}, {'bf16' if bf16 else 'fp32'}; "
+            f"{'resuming at' if state.step else 'from'} step {state.step} of {steps}",
+            file=sys.stderr,
+        )
+        trainer = Trainer(spec, schedule, widths, config, images, state, bf16=bf16, provenance=provenance)
+        with _Progress(trainer, identity, a.output, steps, a.samples_every) as progress:
+            run_training(
+                trainer, steps=steps, save_every_s=a.save_every, on_step=progress.advance, on_save=progress.save
+            )
+        progress.draw()
     print(f"{a.output / SUPERNET}: cut it with: ddsm-export {a.output / SUPERNET}")
 
 
@@ -168,6 +175,21 @@ def spec_from_options(arguments: argparse.Namespace) -> UNetSpec:
     return spec
 
 
+def forget_log_after(log: Path, step: int) -> None:
+    """Drop the lines of steps that a kill undid (they are taken again), and one that it cut off in the middle."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if not json.loads(line)["step"] <= step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    write_atomically(log, "".join(kept).encode())
+
+
 class _Progress:
     """What a training shows and leaves behind: bar or lines, log, state, supernet, samples."""
 
@@ -177,6 +199,7 @@ class _Progress:
         self.trainer, self.identity, self.output = trainer, identity, output
         self.steps_between_samples = max(1, samples_every // trainer.config.batch_size)
         self.first_step, self.started, self.logged = trainer.state.step, time.monotonic(), 0.0
+        forget_log_after(output / LOG, self.first_step)
         self.bar = tqdm(total=steps, initial=self.first_step, unit="step", disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "_Progress":
@@ -200,7 +223,7 @@ class _Progress:
         rate = (state.step - self.first_step) * self.trainer.config.batch_size / (self.logged - self.started)
         loss = {f"w{width:03d}": round(value, 4) for width, value in sorted(state.losses.items())}
         line = {"step": state.step, "images": self.trainer.images_seen, "images_per_s": round(rate, 2), "loss": loss}
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
+        with (self.output / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         self.bar.set_postfix(loss)
         if self.bar.disable:
@@ -218,7 +241,7 @@ class _Progress:
         """A grid of samples per width."""
         from ddsm_export.training.samples import save_grids
 
-        save_grids(self.trainer.supernet(), self.trainer.widths, self.output / "samples")
+        save_grids(self.trainer.supernet(), self.trainer.widths, self.output / SAMPLES)
 
 
 if __name__ == "__main__":
