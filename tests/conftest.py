@@ -1,6 +1,6 @@
 """One small supernet and one small bundle serve the whole suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,14 @@ def bundle(bundle_path: Path) -> Bundle:
 def _one_thread() -> None:
     """The networks are tiny, and a second thread only waits when the machine is busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache folder, and the key in it, are the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 Refusal = Callable[..., str]

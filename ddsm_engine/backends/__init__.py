@@ -4,6 +4,7 @@ import importlib.util
 
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
+from ddsm_engine.engine_cache import EngineCache
 from ddsm_engine.errors import BackendError
 
 BACKENDS = ("openvino", "onnxruntime", "torch")
@@ -49,10 +50,11 @@ def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options
     """
     match name:
         case "openvino":
-            from ddsm_engine.backends.openvino import OpenVINOEngine
+            from ddsm_engine.backends.openvino import OpenVINOEngine, target
 
             shapes = {tensor.name: tensor.at_batch(batch) for tensor in variant.inputs}
-            return OpenVINOEngine(bundle.artefact(variant), shapes, options)
+            built = EngineCache(bundle, target(options, batch)).load(variant)
+            return OpenVINOEngine(bundle.artefact(variant), shapes, options, built)
         case "onnxruntime":
             from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 

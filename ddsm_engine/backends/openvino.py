@@ -1,5 +1,7 @@
 """OpenVINO: the default on a CPU; computes in bf16 where the CPU has matrix tiles for it."""
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +23,54 @@ def core() -> ov.Core:
     return _core
 
 
+def resolve_precision(options: EngineOptions) -> str:
+    """What an engine with these options computes in.
+
+    Raises:
+        BackendError: the device or precision is not there.
+    """
+    if options.device != "cpu":
+        raise BackendError(f"the openvino backend runs on the CPU, found --device {options.device}; use onnxruntime")
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if options.precision == "auto":
+        return "bf16" if "BF16" in capabilities else "fp32"
+    if options.precision == "bf16" and "BF16" not in capabilities:
+        raise BackendError(f"this CPU has no bf16 arithmetic (it has {', '.join(capabilities)}); --precision fp32")
+    return options.precision
+
+
+def target(options: EngineOptions, batch: int) -> dict[str, str | int]:
+    """Everything beside the model that a compiled network depends on."""
+    return {
+        "backend": "openvino",
+        "version": ov.__version__,
+        "device": str(core().get_property("CPU", "FULL_DEVICE_NAME")),
+        "capabilities": " ".join(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": options.threads,
+        "precision": resolve_precision(options),
+        "batch": batch,
+    }
+
+
 class OpenVINOEngine:
     """One ONNX file compiled for one batch size, reading and writing bound host buffers."""
 
-    def __init__(self, model: Path, shapes: dict[str, tuple[int, ...]], options: EngineOptions) -> None:
-        """Compile.
+    def __init__(
+        self, model: Path, shapes: dict[str, tuple[int, ...]], options: EngineOptions, built: bytes | None = None
+    ) -> None:
+        """Compile, or load what was compiled before.
 
         Args:
             model: The ONNX file.
             shapes: Every input's shape at the batch size to compile for; a static shape runs faster than a dynamic one.
             options: Device, precision and threads.
+            built: What ``export`` returned for this model, these shapes and options, on this machine.
 
         Raises:
             BackendError: the device or precision is not there, or the file does not compile.
         """
-        if options.device != "cpu":
-            raise BackendError(
-                f"the openvino backend runs on the CPU, found --device {options.device}; use onnxruntime"
-            )
-        capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.precision = options.precision
-        if self.precision == "auto":
-            self.precision = "bf16" if "BF16" in capabilities else "fp32"
-        if self.precision == "bf16" and "BF16" not in capabilities:
-            raise BackendError(f"this CPU has no bf16 arithmetic (it has {', '.join(capabilities)}); --precision fp32")
+        self.precision = resolve_precision(options)
         config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -53,9 +79,13 @@ class OpenVINOEngine:
         if options.threads:
             config["INFERENCE_NUM_THREADS"] = options.threads
         try:
-            network = core().read_model(model)
-            network.reshape({name: list(shape) for name, shape in shapes.items()})
-            self._request = core().compile_model(network, "CPU", config).create_infer_request()
+            if built is None:
+                network = core().read_model(model)
+                network.reshape({name: list(shape) for name, shape in shapes.items()})
+                self._compiled = core().compile_model(network, "CPU", config)
+            else:
+                self._compiled = core().import_model(built, "CPU", config)
+            self._request = self._compiled.create_infer_request()
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot open {model}: {' '.join(str(error).split())[:300]}") from error
         self._bound: list[ov.Tensor] = []
@@ -74,7 +104,12 @@ class OpenVINOEngine:
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in a call: {' '.join(str(error).split())[:300]}") from error
 
+    def export(self) -> bytes:
+        """The compiled network, for ``built`` on this machine with this version of OpenVINO."""
+        exported: io.BytesIO = self._compiled.export_model()
+        return exported.getvalue()
+
     def close(self) -> None:
         """Release the compiled network."""
         self._bound.clear()
-        del self._request
+        del self._request, self._compiled

@@ -1,0 +1,173 @@
+"""Compiled engines kept for the next start, sealed so that nobody else's are ever loaded.
+
+An engine file is native code to its runtime, and OpenVINO takes one with a flipped byte without complaint. Each is
+therefore kept beside a seal: what it was made from and for, its SHA-256, and an HMAC over these with a key that exists
+only in this user's cache folder. An engine that came with a bundle from elsewhere has no valid seal and is not read.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddsm_engine.bundle import Bundle, Variant
+from ddsm_engine.errors import BackendError, OutputError
+from ddsm_engine.files import atomic_path, clear_leftovers
+
+ENGINES = "engines"
+ENGINE, SEAL = "engine.bin", "seal.json"
+KEY_BYTES = 32
+MAX_SEAL_BYTES = 1 << 16
+
+log = logging.getLogger(__name__)
+
+Target = Mapping[str, str | int]
+"""What an engine depends on beside the variant: backend and its version, device, precision, batch, threads."""
+
+
+def user_cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/ddsm-engine``, or ``~/.cache/ddsm-engine``; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddsm-engine"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCache:
+    """The engines of one bundle for one target: ``engines/<target>/<variant>/{engine.bin, seal.json}``.
+
+    They lie in the bundle, or in the user's cache folder where the bundle is read-only.
+    """
+
+    bundle: Bundle
+    target: Target
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the engines may lie: in the bundle, then in the user's cache folder."""
+        name = f"{self.target['backend']}-{_digest(self.target)[:12]}"
+        checksum = self.bundle.manifest.checksum[:32]
+        return self.bundle.path / ENGINES / name, user_cache_folder() / ENGINES / checksum / name
+
+    def load(self, variant: Variant) -> bytes | None:
+        """The engine of a variant, or None where none was built; one that is damaged is named in a warning and left.
+
+        A cache must never stop a run: what it holds can be made again.
+        """
+        for folder in self.folders:
+            try:
+                if (folder / variant.id).is_dir():
+                    return read_sealed(folder / variant.id, self._subject(variant))
+            except BackendError as error:
+                log.warning("%s; compiling it anew", error)
+        return None
+
+    @property
+    def kept_in(self) -> Path:
+        """The folder that ``store`` writes to."""
+        inside, outside = self.folders
+        return inside if os.access(self.bundle.path, os.W_OK) else outside
+
+    def store(self, variant: Variant, engine: bytes) -> None:
+        """Keep an engine; one that is there is replaced whole.
+
+        Raises:
+            OutputError: neither the bundle nor the user's cache folder can be written.
+        """
+        folder = self.kept_in / variant.id
+        subject = self._subject(variant) | {"sha256": hashlib.sha256(engine).hexdigest(), "size_bytes": len(engine)}
+        try:
+            seal = subject | {"seal": _seal(subject, _own_key(make=True))}
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(folder.parent, folder.name)
+            with atomic_path(folder) as temporary:
+                temporary.mkdir()
+                (temporary / ENGINE).write_bytes(engine)
+                (temporary / SEAL).write_text(json.dumps(seal, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"the engine of {variant.id} cannot be kept in {folder}: {error}") from error
+
+    def _subject(self, variant: Variant) -> dict[str, object]:
+        """What an engine is made from and for."""
+        return {
+            "format": "ddsm-engine-seal",
+            "manifest": self.bundle.manifest.checksum,
+            "variant": variant.id,
+            "artefact_sha256": variant.sha256,
+            "target": dict(self.target),
+        }
+
+
+def read_sealed(folder: Path, subject: Mapping[str, object] | None = None) -> bytes:
+    """An engine whose seal holds.
+
+    Args:
+        folder: The engine's folder.
+        subject: What it must be made from and for; None takes any.
+
+    Raises:
+        BackendError: damaged, sealed elsewhere, or made from or for something else.
+    """
+    try:
+        engine, text = (folder / ENGINE).read_bytes(), _read_small(folder / SEAL)
+        sealed = json.loads(text)
+        claimed = sealed.pop("seal")
+        intact = sealed["sha256"] == hashlib.sha256(engine).hexdigest() and sealed["size_bytes"] == len(engine)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BackendError(f"the engine in {folder} is damaged: its seal cannot be read") from error
+    if not intact:
+        raise BackendError(f"the engine in {folder} is damaged: its content is not what its seal vouches for")
+    if not hmac.compare_digest(_seal(sealed, _own_key(make=False)), str(claimed)):
+        raise BackendError(f"the engine in {folder} was not built by this user on this machine, and is not loaded")
+    if subject is not None and any(sealed.get(name) != value for name, value in subject.items()):
+        raise BackendError(f"the engine in {folder} was built from another bundle or for another target")
+    return engine
+
+
+def engines_of(bundle: Bundle) -> Iterator[Path]:
+    """The folders of every engine that was kept for a bundle, whatever the target."""
+    for root in (bundle.path / ENGINES, user_cache_folder() / ENGINES / bundle.manifest.checksum[:32]):
+        yield from sorted(path.parent for path in root.glob(f"*/*/{SEAL}"))
+
+
+def _read_small(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        text = opened.read(MAX_SEAL_BYTES + 1)
+    if len(text) > MAX_SEAL_BYTES:
+        raise ValueError(f"{file} is larger than {MAX_SEAL_BYTES} bytes")
+    return text
+
+
+def _digest(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(_canonical(facts)).hexdigest()
+
+
+def _canonical(facts: Mapping[str, object]) -> bytes:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _seal(subject: Mapping[str, object], key: bytes) -> str:
+    return hmac.new(key, _canonical(subject), hashlib.sha256).hexdigest()
+
+
+def _own_key(*, make: bool) -> bytes:
+    """This user's key on this machine; where there is none, an unguessable one that no seal fits."""
+    file = user_cache_folder() / "engine.key"
+    key = _read_key(file)
+    if make and key is None:
+        with suppress(OutputError), atomic_path(file, replace=file.exists(), private=True) as temporary:
+            temporary.write_bytes(secrets.token_bytes(KEY_BYTES))
+        key = _read_key(file)  # another process may have made it first
+    return key or secrets.token_bytes(KEY_BYTES)
+
+
+def _read_key(file: Path) -> bytes | None:
+    try:
+        key = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    return key if len(key) == KEY_BYTES else None

@@ -1,0 +1,212 @@
+"""Engines that are built once and loaded after: equal, sealed, and never anybody else's."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddsm_engine import build, engine_cache
+from ddsm_engine.backends.openvino import OpenVINOEngine
+from ddsm_engine.bundle import Bundle
+from ddsm_engine.engine_cache import ENGINE, SEAL, engines_of, read_sealed, user_cache_folder
+from ddsm_engine.errors import BackendError
+from ddsm_engine.pipeline import Pipeline
+from tests.conftest import Refusal
+
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def built_once(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("built") / "built.bundle"
+    shutil.copytree(bundle_path, path)
+    assert build.main([str(path), "--batch-size", str(BATCH)]) == 0
+    return path
+
+
+@pytest.fixture
+def built(built_once: Path, tmp_path: Path) -> Path:
+    """A bundle with engines for batch 2."""
+    return Path(shutil.copytree(built_once, tmp_path / "built.bundle"))
+
+
+def draw(bundle: Path) -> bytes:
+    with Pipeline.from_bundle(bundle, backend="openvino") as pipe:
+        return pipe("coarse", "ddim", 3, num_images=BATCH, batch_size=BATCH).x_final.tobytes()
+
+
+def how_engines_were_opened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """True for every engine that was loaded, False for every one that was compiled."""
+    opened, original = [], OpenVINOEngine.__init__
+
+    def spy(self: OpenVINOEngine, model: Path, shapes: object, options: object, built: bytes | None = None) -> None:
+        opened.append(built is not None)
+        original(self, model, shapes, options, built)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OpenVINOEngine, "__init__", spy)
+    return opened
+
+
+def test_a_run_loads_what_was_built_and_draws_the_same(
+    built: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = how_engines_were_opened(monkeypatch)
+    compiled = draw(bundle_path)
+    assert opened == [False] * 3
+    assert draw(built) == compiled
+    assert opened == [False] * 3 + [True] * 3
+    with Pipeline.from_bundle(built, backend="openvino") as pipe:
+        pipe("coarse", "ddim", 3, num_images=1, batch_size=1)  # another target
+    assert opened[6:] == [False] * 3
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0x40
+    file.write_bytes(data)
+
+
+def reseal_as_another_user(folder: Path) -> None:
+    """What an author who means harm would do: the content and its SHA-256 agree, the seal is of another key."""
+    (folder / ENGINE).write_bytes(b"code" + (folder / ENGINE).read_bytes())
+    data = (folder / ENGINE).read_bytes()
+    seal = json.loads((folder / SEAL).read_text())
+    del seal["seal"]
+    seal |= {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    (folder / SEAL).write_text(json.dumps(seal | {"seal": engine_cache._seal(seal, b"k" * 32)}))
+
+
+def rewrite_seal(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        seal = json.loads((folder / SEAL).read_text())
+        (folder / SEAL).write_text(json.dumps(seal | changes))
+
+    return change
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "one flipped byte": (lambda f: flip(f / ENGINE, 70_000), "content is not what its seal vouches for"),
+    "cut short": (lambda f: os.truncate(f / ENGINE, 1000), "content is not what its seal vouches for"),
+    "empty": (lambda f: os.truncate(f / ENGINE, 0), "content is not what its seal vouches for"),
+    "no engine": (lambda f: (f / ENGINE).unlink(), "seal cannot be read"),
+    "no seal": (lambda f: (f / SEAL).unlink(), "seal cannot be read"),
+    "a flipped seal": (lambda f: flip(f / SEAL, 0), "seal cannot be read"),
+    "a seal that is a list": (lambda f: (f / SEAL).write_text("[]"), "seal cannot be read"),
+    "a seal without end": (lambda f: (f / SEAL).write_text("[" * 60_000), "seal cannot be read"),
+    "a huge seal": (lambda f: (f / SEAL).write_bytes(b" " * (1 << 17)), "seal cannot be read"),
+    "another's seal": (reseal_as_another_user, "was not built by this user on this machine"),
+    "another target": (rewrite_seal(target={"backend": "openvino"}), "was not built by this user"),
+    "another bundle": (rewrite_seal(manifest="0" * 64), "was not built by this user"),
+    "no text in the seal": (rewrite_seal(seal=None), "was not built by this user"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_an_engine_that_is_not_ours_is_refused(built: Path, kind: str) -> None:
+    damage, message = DAMAGE[kind]
+    (folder,) = built.glob("engines/*/w016")
+    assert read_sealed(folder)
+    damage(folder)
+    with pytest.raises(BackendError, match=message):
+        read_sealed(folder)
+
+
+def test_a_damaged_engine_is_named_in_one_line_and_compiled_anew(
+    built: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder,) = built.glob("engines/*/w016")
+    flip(folder / ENGINE, 70_000)
+    opened = how_engines_were_opened(monkeypatch)
+    assert draw(built) == draw(bundle_path)
+    assert opened[:3].count(False) == 1, "only the damaged one was compiled"
+    (line,) = caplog.messages
+    assert "content is not what its seal vouches for; compiling it anew" in line
+    assert "w016" in line
+
+
+def test_a_valid_engine_of_another_variant_is_not_taken(built: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (narrow,), (wide,) = built.glob("engines/*/w016"), built.glob("engines/*/w024")
+    shutil.rmtree(wide)
+    shutil.copytree(narrow, wide)
+    draw(built)
+    assert "built from another bundle or for another target" in caplog.text
+
+
+def test_without_the_user_s_key_nothing_is_loaded(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    opened = how_engines_were_opened(monkeypatch)
+    draw(built)
+    assert opened == [False] * 3
+    assert len(caplog.messages) == 3
+    assert not (tmp_path / "another").exists(), "reading makes no key"
+
+
+def test_the_key_is_private_and_stays(built: Path) -> None:
+    key = user_cache_folder() / "engine.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    before = key.read_bytes()
+    bundle = Bundle.open(built)
+    engine_cache.EngineCache(bundle, {"backend": "another"}).store(bundle.full, b"engine")
+    assert key.read_bytes() == before
+    assert len(list(engines_of(bundle))) == 8
+
+
+def test_a_damaged_key_is_made_anew(bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    user_cache_folder().mkdir()
+    (user_cache_folder() / "engine.key").write_bytes(b"short")
+    bundle = Bundle.open(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
+    cache = engine_cache.EngineCache(bundle, {"backend": "openvino"})
+    cache.store(bundle.full, b"engine")
+    assert cache.load(bundle.full) == b"engine"
+
+
+def test_engines_of_a_read_only_bundle_lie_in_the_user_s_cache_folder(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    cache = engine_cache.EngineCache(bundle, {"backend": "openvino"})
+    cache.store(bundle.full, b"engine")
+    assert not (bundle.path / "engines").exists()
+    assert cache.load(bundle.full) == b"engine"
+    (kept,) = engines_of(bundle)
+    assert kept.is_relative_to(user_cache_folder())
+
+
+def test_an_engine_that_changed_on_its_way_is_not_kept(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    path = Path(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
+    answers = iter([np.zeros(1, np.float32), np.ones(1, np.float32)])
+    monkeypatch.setattr(build, "_answer", lambda *_: next(answers))
+    assert "w008 answers otherwise once it is loaded again" in refusal(build.main, path, "--batch-size", "1")
+    assert not (path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "at least one image"),
+        (["--precision", "bf16"], "has no bf16 arithmetic"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(
+    bundle_path: Path, refusal: Refusal, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "bf16" in arguments:
+        from ddsm_engine.backends import openvino
+
+        class Core:
+            def get_property(self, *_: str) -> list[str]:
+                return ["FP32"]
+
+        monkeypatch.setattr(openvino, "core", Core)
+    assert message in refusal(build.main, bundle_path, *arguments)
