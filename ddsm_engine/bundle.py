@@ -5,19 +5,24 @@ The format is specified in ``ddsm_engine/README.md``. A file is hashed when it i
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from safetensors.numpy import load_file
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from ddsm_engine.errors import BundleError, DdsmError
-from ddsm_engine.files import sha256_of
+from ddsm_engine.files import clear_leftovers, sha256_of
 from ddsm_engine.noise_schedule import NoiseSchedule
+from ddsm_engine.onnx_file import check_onnx
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import TimeTable
+from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of
 
 FORMAT = "ddsm-bundle"
 FORMAT_VERSION = 1
@@ -27,6 +32,12 @@ WEIGHTS = "weights.safetensors"
 TIME_TABLE = "time_table.safetensors"
 TIME_TABLE_KEY = "time_table"
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILE_BYTES = 1 << 33
+"""Of any file that a manifest lists: no more is hashed, mapped or read."""
+MAX_VARIANTS = 256
+MAX_PATH = 240
+MAX_COUNT = 1 << 62
+"""Of multiply-accumulates, parameters and bytes: they stay exact, and can be divided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +127,11 @@ class Manifest:
         body = json.loads(json.dumps(body))  # tuples become lists, as the checksum will see them again
         return {**body, "checksum": _checksum(body)}
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over everything else that the manifest says, hexadecimal."""
+        return str(self.to_json()["checksum"])
+
     @classmethod
     def from_json(cls, data: object, origin: Path) -> "Manifest":
         """Read what ``to_json`` wrote.
@@ -126,32 +142,88 @@ class Manifest:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{origin} is not the manifest of a bundle (expected format {FORMAT!r})")
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise BundleError(
-                f"{origin} has format_version {version!r}; this program reads {FORMAT_VERSION}: update ddsm-engine, or "
-                f"export the bundle again"
+                f"{origin} has format_version {brief(version)}; this program reads {FORMAT_VERSION}: update "
+                f"ddsm-engine, or export the bundle again"
             )
         body = {name: value for name, value in data.items() if name != "checksum"}
         if data.get("checksum") != _checksum(body):
             raise BundleError(f"{origin} was changed after it was written (its checksum disagrees); export it again")
         kind = body.get("family"), body.get("prediction_type")
         if kind != (FAMILY, "epsilon"):
-            raise BundleError(f"{origin}: expected family {FAMILY!r} predicting 'epsilon', found {kind}")
+            raise BundleError(f"{origin}: expected family {FAMILY!r} predicting 'epsilon', found {brief(kind)}")
         try:
-            return cls(
+            manifest = cls(
                 spec=UNetSpec.from_json(body["spec"]),
                 noise_schedule=NoiseSchedule.from_json(body["noise_schedule"]),
                 prediction_type="epsilon",
-                variants=tuple(_variant(entry) for entry in body["variants"]),
-                files=tuple(_typed(FileInfo, entry) for entry in body["files"]),
-                provenance=body["provenance"],
+                variants=tuple(_variant(entry) for entry in _list(body["variants"])),
+                files=tuple(_typed(FileInfo, _object(entry)) for entry in _list(body["files"])),
+                provenance=_object(body["provenance"]),
             )
+            manifest._check(body["image_shape"])
         except (KeyError, TypeError) as error:
-            raise BundleError(f"{origin} lacks a field or has one of the wrong kind: {error}") from error
-        except BundleError:
-            raise
+            raise BundleError(f"{origin} lacks a field or has one of the wrong kind: {str(error)[:300]}") from error
         except DdsmError as error:
             raise BundleError(f"{origin}: {error}") from error
+        return manifest
+
+    def _check(self, image_shape: object) -> None:
+        """Refuse what does not fit together: a run would find out too late, or not at all."""
+        spec = self.spec
+        if image_shape != list(spec.sample_shape):
+            raise BundleError(f"image_shape must be {list(spec.sample_shape)}, found {brief(image_shape)}")
+        if spec.timesteps != self.noise_schedule.timesteps:
+            raise BundleError(f"{self.noise_schedule.timesteps} timesteps of noise meet {spec.timesteps} of the spec")
+        if len(self.variants) > MAX_VARIANTS:
+            raise BundleError(f"expected at most {MAX_VARIANTS} variants, found {len(self.variants)}")
+        for variant in self.variants:
+            self._check_variant(variant)
+        names = Counter(variant.id for variant in self.variants)
+        names += Counter([*(variant.file for variant in self.variants), *(file.path for file in self.files)])
+        if repeated := [name for name, times in names.items() if times > 1]:
+            raise BundleError(f"{brief(repeated[0])} stands for two things; export the bundle again")
+
+    def _check_variant(self, variant: Variant) -> None:
+        if variant.role != "denoiser":
+            raise BundleError(f"{variant.id}: expected the role 'denoiser', found {brief(variant.role)}")
+        if not variant.file.endswith(".onnx"):  # a backend tells formats by it
+            raise BundleError(f"{variant.id}: expected an .onnx file, found {brief(variant.file)}")
+        reason = self.spec.why_not(variant.width)
+        if reason is not None or variant.width_mult != variant.width / self.spec.base_channels:
+            found = f"{brief(variant.width)} ({variant.width_mult:g} of the full one)"
+            raise BundleError(f"{variant.id}: the width {found} cannot be: {reason or 'share and width disagree'}")
+        expected = denoiser_inputs(self.spec), denoiser_outputs(self.spec)
+        if (variant.inputs, variant.outputs) != expected:
+            raise BundleError(
+                f"{variant.id}: expected the inputs and outputs {_signature(*expected)}, found "
+                f"{_signature(variant.inputs, variant.outputs)[:300]}; export the bundle again"
+            )
+
+
+def denoiser_inputs(spec: UNetSpec) -> tuple[TensorInfo, ...]:
+    """The inputs of every denoiser."""
+    return (
+        TensorInfo(name="sample", dtype="float32", shape=("batch", *spec.sample_shape)),
+        TensorInfo(name="time_features", dtype="float32", shape=("batch", spec.time_features)),
+    )
+
+
+def denoiser_outputs(spec: UNetSpec) -> tuple[TensorInfo, ...]:
+    """The outputs of every denoiser."""
+    return (TensorInfo(name="out_sample", dtype="float32", shape=("batch", *spec.sample_shape)),)
+
+
+def _signature(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> str:
+    """Inputs and outputs as one reads them: ``sample float32 [batch, 3, 8, 8], … → …``."""
+    sides = (
+        ", ".join(
+            f"{brief(t.name)[1:-1]} {brief(t.dtype)[1:-1]} [{', '.join(map(str, t.shape[:8]))}]" for t in side[:4]
+        )
+        for side in (inputs, outputs)
+    )
+    return " → ".join(sides)
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -159,19 +231,30 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def _variant(entry: object) -> Variant:
-    if not isinstance(entry, dict):
-        raise TypeError(f"a variant is an object, found {entry!r}"[:200])
-    if entry["precision"] not in ("fp32", "fp16"):
-        raise TypeError(f"precision must be fp32 or fp16, found {entry['precision']!r}"[:200])
-    nested = {key: tuple(_tensor(tensor) for tensor in entry[key]) for key in ("inputs", "outputs")}
-    return _typed(Variant, entry | nested | {"parity": _typed(Parity, entry["parity"])})
+    data = _object(entry)
+    if data["precision"] not in ("fp32", "fp16"):
+        raise TypeError(f"precision must be fp32 or fp16, found {brief(data['precision'])}")
+    nested = {key: tuple(_tensor(_object(tensor)) for tensor in _list(data[key])) for key in ("inputs", "outputs")}
+    return _typed(Variant, data | nested | {"parity": _typed(Parity, _object(data["parity"]))})
 
 
 def _tensor(entry: dict[str, Any]) -> TensorInfo:
-    shape = tuple(entry["shape"])
-    if not all(type(size) is int or size == "batch" for size in shape):
-        raise TypeError(f"a shape is whole numbers and 'batch', found {shape}")
+    shape = tuple(_list(entry["shape"]))
+    if not all(size == "batch" or (type(size) is int and 1 <= size <= MAX_COUNT) for size in shape):
+        raise TypeError(f"a shape is whole numbers and 'batch', found {brief(shape)}")
     return _typed(TensorInfo, entry | {"shape": shape})
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, found {brief(value)}")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, found {brief(value)}")
+    return value
 
 
 Record = TypeVar("Record", Variant, TensorInfo, Parity, FileInfo)
@@ -179,14 +262,36 @@ Record = TypeVar("Record", Variant, TensorInfo, Parity, FileInfo)
 _KINDS: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
 """Annotation of a field → the JSON kinds that it takes; JSON writes 1.0 as 1 in some hands."""
 
+_LEAST = {"macs": 1, "conv_linear_macs": 1, "params": 1, "width": 1}
+_PATTERNS = {"id": re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII), "sha256": re.compile(r"[0-9a-f]{64}")}
+
 
 def _typed(record: type[Record], entry: dict[str, Any]) -> Record:
-    """Build a record, refusing a value of the wrong JSON kind (a dataclass itself checks none)."""
+    """Build a record, refusing a value of the wrong JSON kind or out of range (a dataclass itself checks none)."""
     for field in fields(record):
-        kinds = _KINDS.get(getattr(field.type, "__name__", str(field.type)))
-        if kinds is not None and type(entry[field.name]) not in kinds:
-            raise TypeError(f"{field.name} must be {kinds[0].__name__}, found {entry[field.name]!r}"[:200])
+        kinds, value = _KINDS.get(getattr(field.type, "__name__", str(field.type))), entry[field.name]
+        if kinds is None:
+            continue
+        if type(value) not in kinds:
+            raise TypeError(f"{field.name} must be {kinds[0].__name__}, found {brief(value)}")
+        if kinds != (str,) and not _LEAST.get(field.name, 0) <= value <= MAX_COUNT:
+            raise TypeError(f"{field.name} must lie in {_LEAST.get(field.name, 0)}…{MAX_COUNT}, found {brief(value)}")
+        if field.name == "size_bytes" and value > MAX_FILE_BYTES:
+            raise TypeError(f"size_bytes must be at most {MAX_FILE_BYTES}, found {value}")
+        if field.name in _PATTERNS and not _PATTERNS[field.name].fullmatch(value):
+            raise TypeError(f"{field.name} must be {_PATTERNS[field.name].pattern}, found {brief(value)}")
+        if field.name in ("file", "path"):
+            _check_path(value)
     return record(**entry)
+
+
+def _check_path(relative: str) -> None:
+    """Refuse a path that leads out of the bundle, or that cannot be printed."""
+    pure = PurePosixPath(relative)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in relative:
+        raise BundleError(f"it names {brief(relative)}, which leaves the bundle; do not use it")
+    if not relative.isprintable() or not 1 <= len(relative) <= MAX_PATH or str(pure) != relative:
+        raise TypeError(f"a path is printable, plain and of at most {MAX_PATH} characters, found {brief(relative)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +309,16 @@ class Bundle:
             BundleError: no bundle, damaged, of a newer format.
         """
         path = Path(path)
+        if not path.exists():
+            clear_leftovers(path.parent, path.name)  # a kill may have left it aside, see ddsm_engine.files
         manifest = path / MANIFEST
         if not manifest.is_file():
             raise BundleError(f"{path} is not a bundle: {MANIFEST} is missing; make one with ddsm-export SUPERNET.pt")
         if manifest.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{manifest} is larger than {MAX_MANIFEST_BYTES} bytes; it is not a bundle's manifest")
         try:
-            data = json.loads(manifest.read_bytes())
-        except (ValueError, RecursionError) as error:
+            data = parse_json(read_bytes(manifest, MAX_MANIFEST_BYTES))
+        except ValueError as error:
             raise BundleError(f"{manifest} is not JSON: {error}; export the bundle again") from error
         opened = cls(path, Manifest.from_json(data, manifest))
         if not opened.variants:
@@ -229,8 +336,10 @@ class Bundle:
         return max(self.manifest.variants, key=lambda variant: variant.macs)
 
     def artefact(self, variant: Variant) -> Path:
-        """The verified file of a variant."""
-        return self._verified(variant.file, variant.sha256, variant.size_bytes)
+        """The verified file of a variant: the one that was exported, and nothing that a backend should not load."""
+        file = self._verified(variant.file, variant.sha256, variant.size_bytes)
+        check_onnx(file)
+        return file
 
     def verify(self) -> None:
         """Check every file that the manifest vouches for."""
@@ -252,24 +361,39 @@ class Bundle:
         file = self._listed(TIME_TABLE)
         if file is None:
             return TimeTable.sinusoidal(spec.timesteps, spec.time_features)
-        rows = load_file(file).get(TIME_TABLE_KEY)
-        if rows is None or rows.dtype != np.float32 or rows.shape != (spec.timesteps, spec.time_features):
+        try:
+            with open_safetensors(file, "np") as opened:
+                fits = shapes_of(opened) == {TIME_TABLE_KEY: (spec.timesteps, spec.time_features)}
+                rows: NDArray[np.float32] | None = opened.get_tensor(TIME_TABLE_KEY) if fits else None
+        except (SafetensorError, TypeError) as error:  # numpy has no bfloat16
+            raise BundleError(f"{file} is not a readable time table: {error}; export the bundle again") from error
+        if rows is None or rows.dtype != np.float32 or not np.isfinite(rows).all():
             raise BundleError(f"{file} does not hold the time table of this architecture; export the bundle again")
         return TimeTable(rows)
 
     def strategies(self) -> Mapping[str, Path]:
-        """Strategy files by name (the file's name without ``.yaml``)."""
-        return {file.stem: file for file in sorted(self.path.glob("strategies/*.yaml"))}
+        """Strategy files by name (the file's name without ``.yaml``).
+
+        Raises:
+            BundleError: a name that cannot be printed.
+        """
+        files = sorted(self.path.glob("strategies/*.yaml"))
+        for file in files:
+            if not file.name.isprintable():
+                raise BundleError(f"{self.path} holds a strategy of the name {brief(file.name)}; do not use it")
+        return {file.stem: file for file in files}
 
     def strategy_file(self, name: str) -> Path:
         """A strategy of the bundle by name, verified where the manifest vouches for it.
 
         Raises:
-            BundleError: no strategy of this name.
+            BundleError: no strategy of this name, or a link out of the bundle.
         """
         found = self.strategies().get(name)
         if found is None:
-            raise BundleError(f"{self.path} has no strategy {name!r}; it has: {', '.join(self.strategies()) or 'none'}")
+            known = ", ".join(list(self.strategies())[:20])[:400]
+            raise BundleError(f"{self.path} has no strategy {brief(name)}; it has: {known or 'none'}")
+        self._check_inside(found)
         return self._listed(f"strategies/{name}.yaml") or found
 
     def _listed(self, relative: str) -> Path | None:
@@ -280,14 +404,14 @@ class Bundle:
         return None
 
     def _verified(self, relative: str, sha256: str, size_bytes: int) -> Path:
-        pure = PurePosixPath(relative)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in relative:
-            raise BundleError(f"{self.path / MANIFEST} names {relative!r}, which leaves the bundle; do not use it")
-        file = self.path / pure
+        file = self.path / relative
         if not file.is_file():
             raise BundleError(f"{file} is missing from the bundle; export it again")
-        if not file.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{file} is a link that leaves the bundle; do not use it")
+        self._check_inside(file)
         if file.stat().st_size != size_bytes or sha256_of(file) != sha256:
             raise BundleError(f"{file} is damaged: its content is not what the manifest vouches for; export it again")
         return file
+
+    def _check_inside(self, file: Path) -> None:
+        if not file.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{file} is a link that leaves the bundle; do not use it")

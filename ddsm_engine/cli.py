@@ -18,6 +18,9 @@ EXTRAS = {
 }
 """Library → the extra that installs it."""
 
+MOST_WORDS = 990
+"""Characters of a refusal."""
+
 
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; turn a refusal into one line on stderr and 1. Anything else is a bug and keeps its traceback."""
@@ -37,7 +40,8 @@ def guarded(command: Callable[[], None]) -> int:
 
 def refuse(message: str) -> int:
     """Print one line on stderr; returns the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    # Messages quote what they found, and a library's own words: neither may flood a terminal.
+    print(f"error: {message if len(message) <= MOST_WORDS else message[: MOST_WORDS - 1] + '…'}", file=sys.stderr)
     return 1
 
 

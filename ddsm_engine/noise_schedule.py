@@ -7,9 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddsm_engine.errors import SamplerError
+from ddsm_engine.untrusted import brief
 
 VarianceType = Literal["fixed_large", "fixed_small"]
 VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_large", "fixed_small")
+
+LEAST_BETA = 1e-7
+LEAST_SIGNAL = 1e-60
+"""Of the last ᾱ: with less, the coefficients that recover the clean image do not fit float32. Published: 4e-5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +38,14 @@ class NoiseSchedule:
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise SamplerError(f"betas must satisfy 0 < start ≤ end < 1, found {self.beta_start} … {self.beta_end}")
         if not 2 <= self.timesteps <= 1 << 16:
-            raise SamplerError(f"timesteps must be from 2 to 65536, found {self.timesteps}")
+            raise SamplerError(f"timesteps must be from 2 to 65536, found {brief(self.timesteps)}")
         if self.variance_type not in VARIANCE_TYPES:
-            raise SamplerError(f"variance_type must be one of {VARIANCE_TYPES}, found {self.variance_type!r}")
+            raise SamplerError(f"variance_type must be one of {VARIANCE_TYPES}, found {brief(self.variance_type)}")
+        if self.beta_start < LEAST_BETA or not self.alphas_cumprod[-1] >= LEAST_SIGNAL:
+            raise SamplerError(
+                f"betas {self.beta_start} … {self.beta_end} over {self.timesteps} timesteps cannot be computed with: "
+                f"expected a start of at least {LEAST_BETA:g}, and at the end ᾱ of at least {LEAST_SIGNAL:g}"
+            )
 
     @property
     def betas(self) -> NDArray[np.float64]:
@@ -66,10 +76,13 @@ class NoiseSchedule:
         """
         names = {"type", "beta_start", "beta_end", "timesteps", "variance_type"}
         if not isinstance(data, dict) or set(data) != names or data["type"] != "linear":
-            raise SamplerError(f"a noise schedule must be a linear one with {sorted(names)}, found {data!r}"[:300])
+            raise SamplerError(f"a noise schedule must be a linear one with {sorted(names)}, found {brief(data)}")
         start, end, timesteps = data["beta_start"], data["beta_end"], data["timesteps"]
         if type(start) not in (int, float) or type(end) not in (int, float) or type(timesteps) is not int:
-            raise SamplerError(f"betas must be numbers and timesteps a whole number, found {start}, {end}, {timesteps}")
+            found = f"{brief(start)}, {brief(end)}, {brief(timesteps)}"
+            raise SamplerError(f"betas must be numbers and timesteps a whole number, found {found}")
+        if start > 1 or end > 1:
+            raise SamplerError(f"betas must satisfy 0 < start ≤ end < 1, found {brief(start)} … {brief(end)}")
         return cls(float(start), float(end), timesteps, data["variance_type"])
 
 

@@ -313,9 +313,10 @@ def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:
     """
     if given is not None:
         return Path(given)
-    holder = Path(strategy).resolve().parent.parent
-    if Path(strategy).is_file() and (holder / MANIFEST).is_file():
-        return holder
+    if Path(strategy).is_file():
+        holder = Path(strategy).resolve().parent.parent
+        if (holder / MANIFEST).is_file():
+            return holder
     found = [folder] if (folder / MANIFEST).is_file() else sorted(m.parent for m in folder.glob(f"*/{MANIFEST}"))
     if len(found) != 1:
         raise BundleError(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ddsm_engine.errors import SpecError
+from ddsm_engine.untrusted import brief
 
 EIGHTHS = tuple(range(2, 9))
 """The paper's search space: 2/8 … 8/8 of the channels."""
@@ -23,6 +24,17 @@ _COUNTS = (
     "time_features",
     "time_dim",
 )
+
+MOST_LEVELS = 17
+MOST_BLOCKS = 256
+"""Residual blocks on the way down, all levels together."""
+MOST_PARAMETERS = 1 << 29
+"""Of the layers that ``_main_parameters`` counts, about half of all: a network stays below 8 GiB as float32, which
+bounds what reading any supernet or checkpoint takes. CIFAR-10's has 35.9e6 in all."""
+MOST_SAMPLE_VALUES = 1 << 24
+"""Of one sample, and of the time table: 64 MiB as float32; 3 x 2048 x 2048 is less."""
+MOST_ATTENTION_SCORES = 1 << 28
+"""Of one sample in one attention: 1 GiB as float32, 128 x 128 pixels."""
 
 
 def make_divisible(channels: float, multiple: int) -> int:
@@ -70,18 +82,43 @@ class UNetSpec:
         for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 16:
-                raise SpecError(f"{name} must be a whole number from 1 to 65536, found {value!r}")
+                raise SpecError(f"{name} must be a whole number from 1 to 65536, found {brief(value)}")
         if not self.channel_mults or not all(type(m) is int and 1 <= m <= 64 for m in self.channel_mults):
-            raise SpecError(f"channel_mults must be whole numbers from 1 to 64, found {self.channel_mults!r}")
+            raise SpecError(f"channel_mults must be whole numbers from 1 to 64, found {brief(self.channel_mults)}")
         levels = len(self.channel_mults)
+        if levels > MOST_LEVELS:
+            raise SpecError(f"channel_mults must name at most {MOST_LEVELS} levels, found {levels}")
         if not all(type(level) is int and 0 <= level < levels for level in self.attention_levels):
-            raise SpecError(f"attention_levels must lie in 0…{levels - 1}, found {self.attention_levels!r}")
+            raise SpecError(f"attention_levels must lie in 0…{levels - 1}, found {brief(self.attention_levels)}")
         if self.image_size % (1 << (levels - 1)):
             raise SpecError(f"image_size {self.image_size} cannot be halved {levels - 1} times ({levels} levels)")
         if self.time_features % 2:
             raise SpecError(f"time_features must be even (sine and cosine pairs), found {self.time_features}")
         if not 0.0 <= self.dropout < 1.0:
-            raise SpecError(f"dropout must lie in [0, 1), found {self.dropout!r}")
+            raise SpecError(f"dropout must lie in [0, 1), found {brief(self.dropout)}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuse a network that would fill the memory of any machine before it drew a pixel."""
+        levels = len(self.channel_mults)
+        pixels = (self.image_size >> min((*self.attention_levels, levels - 1))) ** 2
+        for what, size, most in (
+            ("residual blocks on the way down", self.num_res_blocks * levels, MOST_BLOCKS),
+            ("values a sample", self.channels * self.image_size**2, MOST_SAMPLE_VALUES),
+            ("values in its time table", self.timesteps * self.time_features, MOST_SAMPLE_VALUES),
+            ("attention scores a sample", pixels**2, MOST_ATTENTION_SCORES),
+            ("parameters in its main layers", self._main_parameters(), MOST_PARAMETERS),
+        ):
+            if size > most:
+                raise SpecError(f"this architecture has {size} {what}, expected at most {most}")
+
+    def _main_parameters(self) -> int:
+        """Weights of the time embedding, the head, and the two convolutions and the projection of every block."""
+        channels = [self.base_channels * mult for mult in self.channel_mults]
+        blocks = [*(c for c in channels for _ in range(2)), channels[-1]]
+        of_blocks = sum(c * (18 * c + self.time_dim) for c in blocks)
+        of_ends = self.time_dim * (self.time_features + self.time_dim) + 18 * self.channels * self.base_channels
+        return of_ends + self.num_res_blocks * of_blocks
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -169,4 +206,5 @@ class UNetSpec:
 def _same_names(expected: set[str], found: Iterable[str]) -> None:
     missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
     if missing or unknown:
-        raise SpecError(f"the architecture spec lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
+        unknown_words = brief(unknown) if unknown else "nothing"
+        raise SpecError(f"the architecture spec lacks {missing or 'nothing'} and has unknown {unknown_words}")

@@ -1,6 +1,6 @@
 """Which variant serves which timestep? A strategy answers, and remembers where it came from."""
 
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,11 +14,15 @@ from ddsm_engine.bundle import Variant
 from ddsm_engine.cost import PUBLISHED_CIFAR10_MMACS
 from ddsm_engine.errors import StrategyError
 from ddsm_engine.files import write_atomically
+from ddsm_engine.untrusted import brief, parse_json, read_bytes
 
 FORMAT = "ddsm-strategy"
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 18
+"""Four seconds of the parser at worst; a list of numbers, which YAML does not read, may fill ``MAX_BYTES``."""
 MAX_LENGTH = 1 << 16
+MAX_NAME = 64
 
 Choice = Fraction | str
 """A width multiplier (of the full width), or a variant's id."""
@@ -62,10 +66,12 @@ class Strategy:
         if not 1 <= len(self.choices) <= MAX_LENGTH:
             raise StrategyError(f"a strategy needs 1 to {MAX_LENGTH} entries, found {len(self.choices)}")
         if self.axis not in ("timestep", "call"):
-            raise StrategyError(f"axis must be 'timestep' or 'call', found {self.axis!r}")
+            raise StrategyError(f"axis must be 'timestep' or 'call', found {brief(self.axis)}")
         for choice in set(self.choices):
             if isinstance(choice, Fraction) and not 0 < choice <= 1:
                 raise StrategyError(f"a width multiplier must lie in (0, 1], found {float(choice):g}")
+            if isinstance(choice, str) and not (choice.isprintable() and 1 <= len(choice) <= MAX_NAME):
+                raise StrategyError(f"a variant's id has 1 to {MAX_NAME} printable characters, found {brief(choice)}")
         if (self.axis == "call") != (self.sampler is not None and self.steps is not None):
             raise StrategyError("a strategy over calls names its sampler and steps; one over timesteps names neither")
 
@@ -145,10 +151,8 @@ class Strategy:
         """
         path = Path(path)
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise StrategyError(f"{path} is larger than {MAX_BYTES} bytes; it is not a strategy")
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(path, MAX_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise StrategyError(f"{path} could not be read as a strategy: {error}") from error
         try:
             return cls._from_list(text) if text.lstrip().startswith("[") else cls._from_mapping(_yaml(text))
@@ -165,46 +169,73 @@ class Strategy:
                 f"ran twice appends its second list to the first: keep one"
             )
         try:
-            values = json.loads(joined)
-        except (ValueError, RecursionError) as error:
-            raise StrategyError(f"expected a list of plain numbers: {error}") from error
+            values = parse_json(joined)
+        except ValueError as error:
+            raise StrategyError(f"expected plain numbers, each must be a number in (0, 1]: {error}") from error
+        if len(values) > MAX_LENGTH:
+            raise StrategyError(f"a strategy needs 1 to {MAX_LENGTH} entries, found {len(values)}")
         return cls(tuple(_fraction(value) for value in values), provenance={"kind": "list"})
 
     @classmethod
     def _from_mapping(cls, data: object) -> "Strategy":
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StrategyError(f"expected a mapping with format: {FORMAT}, or one list of width multipliers")
-        if data.get("format_version") != FORMAT_VERSION:
-            raise StrategyError(
-                f"format_version {data.get('format_version')!r} is unknown; this program reads {FORMAT_VERSION}"
-            )
+        version = data.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise StrategyError(f"format_version {brief(version)} is unknown; this program reads {FORMAT_VERSION}")
         allowed = {"format", "format_version", "axis", "length", "segments", "provenance", "sampler", "steps"}
         if unknown := sorted(str(key) for key in data.keys() - allowed):
-            raise StrategyError(f"unknown fields {unknown}")
+            raise StrategyError(f"unknown fields {brief(unknown)}")
         length, segments, provenance = data.get("length"), data.get("segments"), data.get("provenance", {})
-        if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH or not isinstance(segments, list):
+        if type(length) is not int or not 1 <= length <= MAX_LENGTH or not isinstance(segments, list):
             raise StrategyError(f"needs a length (1 to {MAX_LENGTH}) and a list of segments")
         if not isinstance(provenance, dict):
             raise StrategyError("provenance must be a mapping")
-        return cls(
-            _choices(segments, length), data.get("axis", "timestep"), data.get("sampler"), data.get("steps"), provenance
-        )
+        sampler, steps = data.get("sampler"), data.get("steps")
+        if not isinstance(sampler, str | None) or type(steps) not in (int, type(None)):
+            raise StrategyError(f"sampler must be a name and steps a whole number, found {brief((sampler, steps))}")
+        return cls(_choices(segments, length), data.get("axis", "timestep"), sampler, steps, provenance)
 
 
-class _NoAliasLoader(yaml.SafeLoader):
-    """Plain YAML without anchors: an alias inside an alias grows without bound."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as far as JSON goes: no aliases (one inside another grows without bound), no tags, no key twice.
+
+    A word is a number only where JSON has that number: YAML's own kinds include sexagesimal ones, which take time that
+    grows with the square of their length, and dates.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the library's own; filled below
 
     def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - the library's signature
         if self.check_event(yaml.events.AliasEvent):
             raise StrategyError("YAML aliases are not allowed in a strategy")
+        if getattr(self.peek_event(), "tag", None) is not None:  # type: ignore[no-untyped-call]
+            raise StrategyError("not readable as YAML: tags are not allowed in a strategy")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: ANN401, FBT001, FBT002
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) != len(node.value):
+            raise StrategyError("not readable as YAML: a key stands twice in a mapping")
+        return found
+
+
+for _kind, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("int", r"-?[0-9]{1,20}", "-0123456789"),
+    ("float", r"-?[0-9]{1,15}\.[0-9]{0,20}(?:[eE][-+]?[0-9]{1,2})?", "-0123456789"),
+):
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def _yaml(text: str) -> object:
+    if len(text) > MAX_YAML_BYTES:
+        raise StrategyError(f"expected at most {MAX_YAML_BYTES} characters of YAML, found {len(text)}")
     try:
-        return yaml.load(text, Loader=_NoAliasLoader)  # noqa: S506 - derived from SafeLoader
+        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - derived from SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise StrategyError(f"not readable as YAML: {' '.join(str(error).split())}") from error
+        raise StrategyError(f"not readable as YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def _choices(segments: Sequence[object], length: int) -> tuple[Choice, ...]:
@@ -214,18 +245,15 @@ def _choices(segments: Sequence[object], length: int) -> tuple[Choice, ...]:
             {"first", "last", "width_mult"},
             {"first", "last", "variant"},
         ):
-            raise StrategyError(f"a segment is {{first, last, width_mult or variant}}, found {segment!r}"[:200])
+            raise StrategyError(f"a segment is {{first, last, width_mult or variant}}, found {brief(segment)}")
         first, last = segment["first"], segment["last"]
-        if (
-            not isinstance(first, int)
-            or not isinstance(last, int)
-            or first != len(choices)
-            or not first <= last < length
-        ):
-            raise StrategyError(f"the segment {first}…{last} must begin at {len(choices)} and end before {length}")
+        if type(first) is not int or type(last) is not int or first != len(choices) or not first <= last < length:
+            raise StrategyError(
+                f"the segment {brief(first)}…{brief(last)} must begin at {len(choices)} and end before {length}"
+            )
         choice = segment["variant"] if "variant" in segment else _fraction(segment["width_mult"])
         if not isinstance(choice, str | Fraction):
-            raise StrategyError(f"variant must be an id, found {choice!r}")
+            raise StrategyError(f"variant must be an id, found {brief(choice)}")
         choices += [choice] * (last - first + 1)
     if len(choices) != length:
         raise StrategyError(f"the segments cover {len(choices)} of {length} entries")
@@ -237,7 +265,7 @@ def _fraction(value: object) -> Fraction:
     if isinstance(value, Fraction):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise StrategyError(f"a width multiplier must be a number in (0, 1], found {value!r}")
+        raise StrategyError(f"a width multiplier must be a number in (0, 1], found {brief(value)}")
     return Fraction(value).limit_denominator(1 << 12)
 
 

@@ -1,6 +1,11 @@
 """ONNX Runtime: the same ONNX files on a CPU, or on CUDA where the GPU build is installed."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+
+# Since 1.29 it reports sessions to its maker, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -18,6 +23,7 @@ LOAD_ERRORS = (
     ort_errors.NoSuchFile,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
+    UnicodeDecodeError,  # its own words, about a damaged file
 )
 
 
@@ -43,20 +49,27 @@ class OnnxRuntimeEngine:
             )
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # what is wrong is said once, by the error
         # A provider that cannot start would otherwise be replaced by the CPU without a word.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1" if options.device != "cpu" else "0")
         try:
-            self._session = ort.InferenceSession(model, settings, providers=[provider])
+            # Its own fallback to the CPU would print lines of its own and go on.
+            self._session = ort.InferenceSession(model, settings, providers=[provider], enable_fallback=0)
         except LOAD_ERRORS as error:
-            raise BackendError(f"ONNX Runtime cannot open {model}: {' '.join(str(error).split())}") from error
+            raise BackendError(f"ONNX Runtime cannot open {model}: {' '.join(str(error).split())[:300]}") from error
         if provider not in self._session.get_providers():
             raise BackendError(f"ONNX Runtime fell back from {provider} to {self._session.get_providers()} for {model}")
         self._binding = self._session.io_binding()
         self._bound: list[ort.OrtValue] = []
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> None:
-        """Use these arrays from now on."""
+        """Use these arrays from now on.
+
+        Raises:
+            BackendError: the network has no such input or output, or one of another shape.
+        """
+        self._check_shapes("input", inputs, self._session.get_inputs())
+        self._check_shapes("output", outputs, self._session.get_outputs())
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._bound = [ort.OrtValue.ortvalue_from_numpy(array) for array in [*inputs.values(), *outputs.values()]]
@@ -65,14 +78,34 @@ class OnnxRuntimeEngine:
         for name, value in zip(outputs, self._bound[len(inputs) :], strict=True):
             self._binding.bind_ortvalue_output(name, value)
 
+    def _check_shapes(self, kind: str, arrays: Arrays, nodes: Sequence[ort.NodeArg]) -> None:
+        """The library itself would find out in the first call, and print lines of its own."""
+        known = {node.name: node for node in nodes}
+        for name in known.keys() | arrays.keys():
+            node, array = known.get(name), arrays.get(name)
+            if node is None or array is None or node.type != "tensor(float)" or not _takes(node.shape, array.shape):
+                found = "none" if node is None else f"{node.type} {str(node.shape)[:100]}"
+                wanted = "none" if array is None else f"tensor(float) {list(array.shape)}"
+                raise BackendError(
+                    f"expected the {kind} {name[:60]!r} of the network to be {wanted}, found {found}; export the "
+                    f"bundle again"
+                )
+
     def run(self) -> None:
         """One forward pass."""
         try:
             self._session.run_with_iobinding(self._binding)
         except (*LOAD_ERRORS, RuntimeError) as error:
-            raise BackendError(f"ONNX Runtime failed in a call: {' '.join(str(error).split())}") from error
+            raise BackendError(f"ONNX Runtime failed in a call: {' '.join(str(error).split())[:300]}") from error
 
     def close(self) -> None:
         """Release the session."""
         self._bound.clear()
         del self._binding, self._session
+
+
+def _takes(sizes: Sequence[int | str | None], shape: Sequence[int]) -> bool:
+    """Whether a node takes arrays of this shape; a size that the file leaves open, the batch, is a name."""
+    return len(sizes) == len(shape) and all(
+        size == wanted for size, wanted in zip(sizes, shape, strict=True) if isinstance(size, int)
+    )

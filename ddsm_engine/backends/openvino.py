@@ -86,15 +86,25 @@ class OpenVINOEngine:
             else:
                 self._compiled = core().import_model(built, "CPU", config)
             self._request = self._compiled.create_infer_request()
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter: its own words, about a damaged file
             raise BackendError(f"OpenVINO cannot open {model}: {' '.join(str(error).split())[:300]}") from error
         self._bound: list[ov.Tensor] = []
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> None:
-        """Use these arrays from now on."""
+        """Use these arrays from now on.
+
+        Raises:
+            BackendError: the network has no such input or output, or one of another shape.
+        """
         self._bound = [ov.Tensor(array, shared_memory=True) for array in [*inputs.values(), *outputs.values()]]
         for name, tensor in zip([*inputs, *outputs], self._bound, strict=True):
-            self._request.set_tensor(name, tensor)
+            try:
+                self._request.set_tensor(name, tensor)
+            except RuntimeError as error:
+                detail = " ".join(str(error).split())[:300]
+                raise BackendError(
+                    f"the network takes no {name} {list(tensor.shape)}; export the bundle again ({detail})"
+                ) from error
 
     def run(self) -> None:
         """One forward pass."""

@@ -4,24 +4,30 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ddsm_engine.backends.engine import Arrays, EngineOptions
 from ddsm_engine.errors import BackendError
-from ddsm_engine.networks.slicing import subnetwork
+from ddsm_engine.networks.slicing import empty_unet, subnetwork
 from ddsm_engine.networks.unet import UNet
 from ddsm_engine.spec import UNetSpec
+from ddsm_engine.untrusted import open_safetensors, shapes_of
 
 
 def network_from_weights(weights: Path, spec: UNetSpec, width: int) -> UNet:
     """Cut one sub-network from a bundle's weights.
 
     Raises:
-        BackendError: the file cannot be read.
+        BackendError: the file cannot be read, or holds other weights than the supernet's.
     """
+    full = empty_unet(spec, spec.base_channels).named_parameters()
+    expected = {name: tuple(parameter.shape) for name, parameter in full}
     try:
-        return subnetwork(spec, load_file(weights), width)
-    except (SafetensorError, KeyError, RuntimeError) as error:
+        with open_safetensors(weights, "pt") as opened:
+            found = shapes_of(opened)
+            if not expected.items() <= found.items():
+                raise BackendError(f"{weights} does not hold the weights of this supernet; export the bundle again")
+            return subnetwork(spec, {name: opened.get_tensor(name).float() for name in expected}, width)
+    except (SafetensorError, RuntimeError) as error:
         raise BackendError(f"{weights} cannot be read as this supernet's weights: {error}") from error
 
 

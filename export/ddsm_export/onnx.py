@@ -8,28 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ddsm_engine.bundle import TensorInfo
+from ddsm_engine.bundle import denoiser_inputs, denoiser_outputs
 from ddsm_engine.networks.unet import UNet
-from ddsm_engine.spec import UNetSpec
 
 OPSETS = range(17, 22)
 """Opsets that ONNX Runtime, OpenVINO and TensorRT all take."""
 
 DEFAULT_OPSET = 18
 """The exporter's own: every other one is a conversion of it."""
-
-
-def input_infos(spec: UNetSpec) -> tuple[TensorInfo, ...]:
-    """The inputs of every denoiser."""
-    return (
-        TensorInfo(name="sample", dtype="float32", shape=("batch", *spec.sample_shape)),
-        TensorInfo(name="time_features", dtype="float32", shape=("batch", spec.time_features)),
-    )
-
-
-def output_infos(spec: UNetSpec) -> tuple[TensorInfo, ...]:
-    """The outputs of every denoiser."""
-    return (TensorInfo(name="out_sample", dtype="float32", shape=("batch", *spec.sample_shape)),)
 
 
 class _Float32Norm(nn.Module):
@@ -109,8 +95,8 @@ def onnx_from_subnetwork(
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
-                input_names=[tensor.name for tensor in input_infos(spec)],
-                output_names=[tensor.name for tensor in output_infos(spec)],
+                input_names=[tensor.name for tensor in denoiser_inputs(spec)],
+                output_names=[tensor.name for tensor in denoiser_outputs(spec)],
                 dynamic_shapes={"sample": {0: batch}, "time_features": {0: batch}},
             )
     finally:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ddsm_engine import inspect, run
 from ddsm_engine.bundle import MANIFEST, MAX_MANIFEST_BYTES, TIME_TABLE, WEIGHTS, Bundle, Manifest
 from ddsm_engine.errors import BundleError
-from ddsm_engine.files import sha256_of
+from ddsm_engine.files import SUFFIX, sha256_of
 from tests.conftest import TINY, Refusal
 
 FIELDS = {
@@ -424,3 +424,10 @@ def test_a_file_is_hashed_when_it_is_asked_for_and_not_before(copy: Path) -> Non
     assert sha256_of(opened.artefact(opened.variants["w008"])) == opened.variants["w008"].sha256
     with pytest.raises(BundleError, match="is damaged"):
         opened.weights()
+
+
+def test_a_bundle_that_a_kill_left_aside_is_put_back_when_it_is_opened(bundle_path: Path, tmp_path: Path) -> None:
+    """Where a file system cannot exchange two names: between the two renames, the kill found neither."""
+    shutil.copytree(bundle_path, tmp_path / f".x.bundle.a1b2c3{SUFFIX}" / "replaced")
+    assert Bundle.open(tmp_path / "x.bundle").full.id == "w032"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bundle"]

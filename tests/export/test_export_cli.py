@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_a_supernet_is_one_line_and_no_folder(
     spoil(source)
     if force:  # what is there must stay there until its successor is whole
         (tmp_path / "ckpt.bundle").mkdir()
-        (tmp_path / "ckpt.bundle" / "mine").write_text("old")
+        (tmp_path / "ckpt.bundle" / "manifest.json").write_text("old")
     before = listing(tmp_path)
     assert words in refusal(main, source, *SMALL_ROUNDING, *(["--force"] if force else []))
     assert listing(tmp_path) == before, "nothing written, and no code of the file was run"

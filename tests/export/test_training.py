@@ -268,6 +268,19 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path)
     assert different == []
 
 
+def test_dropout_follows_from_the_step_alone_and_leaves_the_caller_s_random_numbers_alone() -> None:
+    spec = replace(SPEC, dropout=0.3)
+    losses = []
+    for disturbance in (0, 5):
+        trainer = Trainer(spec, SCHEDULE, WIDTHS, TRAIN, pictures(), state_of(product_weights(STATE)), bf16=False)
+        torch.manual_seed(disturbance)
+        expected = torch.rand(3)
+        torch.manual_seed(disturbance)
+        losses.append(trainer.step())
+        assert torch.equal(torch.rand(3), expected)
+    assert losses[0] == losses[1]
+
+
 def test_another_seed_is_another_training() -> None:
     one, other = steps(make(), 2), steps(make(replace(TRAIN, seed=6)), 2)
     assert distance(one.weights, other.weights) > 1e-5
@@ -282,11 +295,11 @@ def test_a_kill_while_saving_leaves_the_old_file(
     save_state(steps(trainer, 1), IDENTITY, path)
     old = path.read_bytes()
 
-    def half(tensors: dict[str, Tensor], file: Path, **_: object) -> None:
+    def half(tensors: dict[str, Tensor], file: Path, *_: object) -> None:
         file.write_bytes(old[: len(old) // 2])
         raise error("killed")
 
-    monkeypatch.setattr(trainer_module, "save_file", half)
+    monkeypatch.setattr(trainer_module, "save_tensors", half)
     with pytest.raises(error):
         save_state(steps(trainer, 1), IDENTITY, path)
     assert path.read_bytes() == old
@@ -459,6 +472,26 @@ def test_options_that_cannot_be_are_refused_and_no_folder_is_made(
 ) -> None:
     assert words in refusal(main, npz(tmp_path, pictures()), "-o", tmp_path / "out", *TINY_NETWORK, *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+    command = [npz(tmp_path, pictures()), "-o", tmp_path / "out", *TINY_NETWORK, "--device", "cuda"]
+    assert "no CUDA device here; use --device cpu" in refusal(main, *command)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_as_the_cpu_does_and_each_resumes_the_other(tmp_path: Path) -> None:
+    def on(device: str, state: TrainingState | None = None) -> Trainer:
+        state = state or state_of(product_weights(STATE))
+        return Trainer(SPEC, SCHEDULE, WIDTHS, TRAIN, pictures(), state, bf16=False, device=device)
+
+    cpu, gpu = steps(on("cpu"), 3), steps(on("cuda"), 3)
+    save_state(gpu, IDENTITY, tmp_path / "state")
+    assert distance(cpu.weights, {name: tensor.cpu() for name, tensor in gpu.weights.items()}) < 1e-4
+    resumed = steps(on("cpu", load_state(IDENTITY, tmp_path / "state")), 1)
+    assert resumed.losses == pytest.approx(steps(on("cpu", cpu), 1).losses, rel=1e-3)
 
 
 def test_data_that_is_not_there_is_refused(tmp_path: Path, refusal: Refusal) -> None:

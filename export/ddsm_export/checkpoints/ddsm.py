@@ -25,7 +25,9 @@ from ddsm_engine.networks.slicing import empty_unet
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import sinusoid
+from ddsm_engine.untrusted import brief
 from ddsm_export.checkpoints.flagfile import Facts
+from ddsm_export.checkpoints.instructions import MAX_PICKLE_BYTES, check_instructions
 from ddsm_export.supernet import Supernet
 
 Weights = Literal["ema", "net"]
@@ -53,7 +55,8 @@ _PUBLISHED_NAMES = (
 """Part of a parameter's name (of ``UNet``) → the published name."""
 
 _MOST_KEYS = 1 << 14  # CIFAR-10's network has 329
-_MOST_BYTES = 1 << 36
+_MOST_BYTES = 1 << 35  # four sets of weights of the largest network, float32
+_PICKLES_OF_OLD_FORMAT = 5  # a number, the version, the machine, the content, the storages' names
 
 # What an unpickler and an archive reader raise on bytes that were not written for them.
 _UNREADABLE = (
@@ -92,9 +95,10 @@ def read_checkpoint(path: Path, facts: Facts, weights: Weights = "ema") -> Super
         CheckpointError: a file that is damaged, foreign or holds code; another architecture; weights that do not fit
             or are not finite; a mandatory fact that is missing; or a fact that the file contradicts.
     """
-    content = _load(path)
     try:
+        content = _load(path)
         state, chosen = _choose(content, weights)
+        _check_stored(state, path)
         topology = _topology(state)
         spec, schedule = _spec_and_schedule(topology, facts)
         provenance: dict[str, Any] = {"format": "ddsm-checkpoint", "source": path.name, "weights": chosen}
@@ -109,51 +113,65 @@ def read_checkpoint(path: Path, facts: Facts, weights: Weights = "ema") -> Super
 
 
 def _step(step: object) -> dict[str, int]:
-    return {"step": step} if isinstance(step, int) and not isinstance(step, bool) else {}
+    return {"step": step} if type(step) is int and 0 <= step < 1 << 53 else {}
 
 
 def _load(path: Path) -> Mapping[Any, Any]:
     if not path.is_file():
-        raise CheckpointError(f"expected a training checkpoint at {path}, found no such file")
+        raise CheckpointError("expected a training checkpoint, found no such file")
     try:
         is_archive = _is_archive(path)
         with warnings.catch_warnings():
-            # On a foreign file torch warns of its own internals, beside the one line that says what is wrong.
+            # On a foreign file the readers warn of their own internals, beside the one line that says what is wrong.
             warnings.simplefilter("ignore")
+            check_instructions(*_pickles(path, is_archive=is_archive))
             # Mapping the file leaves the optimiser's state, half of it, on the disk.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except _UNREADABLE as error:
-        raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
+        raise CheckpointError(_why_unreadable(error)) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}; expected a training checkpoint (a dict with ema_model or "
+            f"it holds a {type(content).__name__}; expected a training checkpoint (a dict with ema_model or "
             "net_model) or a state dict"
         )
     return content
+
+
+def _pickles(path: Path, *, is_archive: bool) -> tuple[bytes, int]:
+    """The pickles of a checkpoint as torch finds them, and how many they are."""
+    if not is_archive:
+        with path.open("rb") as file:
+            return file.read(MAX_PICKLE_BYTES), _PICKLES_OF_OLD_FORMAT
+    archive = torch._C.PyTorchFileReader(str(path))
+    if "data.pkl" not in archive.get_all_records():
+        return b"", 0  # torch says what it is instead
+    if archive.get_record_size("data.pkl") > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"refused: its pickle has more than {MAX_PICKLE_BYTES} bytes")
+    return archive.get_record("data.pkl"), 1
 
 
 def _is_archive(path: Path) -> bool:
     """Whether ``torch.save`` wrote a zip archive (since torch 1.6) and not a bare pickle; refuse what is neither."""
     size = path.stat().st_size
     if not 0 < size <= _MOST_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes; expected a training checkpoint of at most {_MOST_BYTES}")
+        raise CheckpointError(f"it has {size} bytes; expected a training checkpoint of at most {_MOST_BYTES}")
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
         with zipfile.ZipFile(path) as archive:
             if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
                 raise CheckpointError(
-                    f"{path} is a compressed archive; expected a checkpoint as torch.save writes it: unpack and "
+                    "it is a compressed archive; expected a checkpoint as torch.save writes it: unpack and "
                     "save it again"
                 )
         return True
     if start[:1] != b"\x80":
         raise CheckpointError(
-            f"{path} is not a training checkpoint: expected a file of torch.save, found {start!r} at its start"
+            f"it is not a training checkpoint: expected a file of torch.save, found {start!r} at its start"
         )
     if start[1:2] != b"\x02":
         raise CheckpointError(
-            f"{path} is a pickle that torch.save did not write; such a file can hold code and was refused: give the "
+            "it is a pickle that torch.save did not write; such a file can hold code and was refused: give the "
             "training checkpoint"
         )
     return False
@@ -166,17 +184,17 @@ def _why_unreadable(error: BaseException) -> str:
     if isinstance(error, UnpicklingError) and found is not None:
         name = next(group for group in found.groups() if group)
         return (
-            f"was refused: it holds code or objects other than tensors ({name[:80]}), which are never run; save the "
+            f"refused: it holds code or objects other than tensors ({name[:80]}), which are never run; save the "
             "state dict alone"
         )
     if "TorchScript" in text:
-        return "was refused: it is a TorchScript program, not weights; give the training checkpoint"
+        return "refused: it is a TorchScript program, not weights; give the training checkpoint"
     # What the unpickler says of damage is advice, too; an archive reader names the damage in its first sentence.
     detail = type(error).__name__
     if text and not isinstance(error, UnpicklingError):
         sentence = re.split(r"[.] |\n", text)[0]
         detail += f": {sentence[:160]}"
-    return f"is truncated, damaged or no checkpoint of torch.save ({detail}); copy it again"
+    return f"it is truncated, damaged or no checkpoint of torch.save ({detail}); copy it again"
 
 
 def _choose(content: Mapping[Any, Any], weights: Weights) -> tuple[dict[str, Tensor], Weights | Literal["bare"]]:
@@ -203,7 +221,7 @@ def _state_dict(content: object, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"expected {name} to have at most {_MOST_KEYS} keys, found {len(content)}")
     for key, value in content.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"expected the keys of {name} to be names, found {str(key)[:60]!r}")
+            raise CheckpointError(f"expected the keys of {name} to be names, found {brief(key)!r}")
         _check_tensor(key, value)
     parallel = all(key.startswith("module.") for key in content)
     return {key.removeprefix("module.") if parallel else key: value for key, value in content.items()}
@@ -211,14 +229,28 @@ def _state_dict(content: object, name: str) -> dict[str, Tensor]:
 
 def _check_tensor(key: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"expected {key} to be a tensor, found {type(value).__name__}")
+        raise CheckpointError(f"expected {_named(key)} to be a tensor, found {type(value).__name__}")
     if value.dtype not in {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
-        raise CheckpointError(f"expected {key} to hold floating-point numbers, found {value.dtype}")
+        raise CheckpointError(f"expected {_named(key)} to hold floating-point numbers, found {value.dtype}")
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise CheckpointError(f"expected {key} to be a dense tensor, found {value.layout} on {value.device.type}")
+        raise CheckpointError(
+            f"expected {_named(key)} to be a dense tensor, found {value.layout} on {value.device.type}"
+        )
     # A stride of zero lets a few bytes claim any shape; float32 copies of that would fill the memory.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f"{key} claims the shape {tuple(value.shape)}, more than is stored for it")
+        raise CheckpointError(f"{_named(key)} claims the shape {brief(tuple(value.shape))}, more than is stored for it")
+
+
+def _check_stored(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that share what is stored, or whose storage was made larger than the file by their claims."""
+    claimed, size = sum(value.numel() * value.element_size() for value in state.values()), path.stat().st_size
+    if claimed > size:
+        raise CheckpointError(f"its tensors claim {claimed} bytes, more than is stored in a file of {size}")
+
+
+def _named(key: str) -> str:
+    """A key of the file as a message can hold it."""
+    return key if key.isprintable() and len(key) <= 80 else brief(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +275,7 @@ def _topology(state: Mapping[str, Tensor]) -> _Topology:
     if not head[0] or any(width % head[0] for width in widths):
         raise CheckpointError(
             f"another architecture: expected the channels of every level to be multiples of the head's {head[0]}, "
-            f"found {widths}"
+            f"found {brief(widths)}"
         )
     return _Topology(
         channels=head[1],
@@ -272,7 +304,7 @@ def _levels(state: Mapping[str, Tensor]) -> list[list[str]]:
     if not blocks[0] or len(set(blocks)) != 1:
         raise CheckpointError(
             f"another architecture: expected the same number of residual blocks (downblocks.N.block1…) on every "
-            f"level, found {blocks}"
+            f"level, found {brief(blocks)}"
         )
     return levels
 
@@ -282,7 +314,9 @@ def _shape(state: Mapping[str, Tensor], key: str, *, axes: int) -> tuple[int, ..
         raise CheckpointError(f"another architecture: expected DDSM's U-Net, which has {key}; found {_some(state)}")
     shape = tuple(state[key].shape)
     if len(shape) != axes:
-        raise CheckpointError(f"another architecture: expected {key} to have {axes} axes, found the shape {shape}")
+        raise CheckpointError(
+            f"another architecture: expected {key} to have {axes} axes, found the shape {brief(shape)}"
+        )
     return shape
 
 
@@ -317,7 +351,7 @@ def _check_sample(x_T: object, spec: UNetSpec) -> None:
     if isinstance(x_T, Tensor) and x_T.dim() == 4 and tuple(x_T.shape[1:]) != spec.sample_shape:
         raise CheckpointError(
             f"--image-size {spec.image_size} and {spec.channels} channels are contradicted by x_T, whose samples have "
-            f"the shape {tuple(x_T.shape[1:])}: give the image size of the training run"
+            f"the shape {brief(tuple(x_T.shape[1:]))}: give the image size of the training run"
         )
 
 
@@ -350,7 +384,7 @@ def _fit(state: Mapping[str, Tensor], spec: UNetSpec) -> dict[str, Tensor]:
     for name, parameter in expected.items():
         key, shape = keys[name], tuple(parameter.shape)
         if state[key].shape != shape:
-            raise CheckpointError(f"expected {key} to have the shape {shape}, found {tuple(state[key].shape)}")
+            raise CheckpointError(f"expected {key} to have the shape {shape}, found {brief(tuple(state[key].shape))}")
         # A copy: the file is only mapped, and may change or vanish later.
         weights[name] = state[key].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if not np.isfinite(weights[name].numpy()).all():
@@ -366,5 +400,5 @@ def _published_name(name: str) -> str:
 
 def _some(names: Mapping[Any, Any] | list[str]) -> str:
     """At most three names, short enough for one line."""
-    shown = ", ".join(repr(name)[:60] for name in list(names)[:3]) or "none"
+    shown = ", ".join(brief(name) for name in list(names)[:3]) or "none"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ddsm_engine.errors import CheckpointError
 from ddsm_engine.noise_schedule import VarianceType
+from ddsm_engine.untrusted import brief, read_bytes
 
 VAR_TYPES: Mapping[str, VarianceType] = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 """The published words for the reverse-process variance, and ours."""
@@ -99,7 +100,7 @@ class Facts:
     def contradictions(self, recorded: Mapping[str, object]) -> list[str]:
         """The known facts that differ from ``recorded`` (fact → value), in words."""
         return [
-            f"{_OPTIONS[name]} {getattr(self, name)} (the file says {value})"
+            f"{_OPTIONS[name]} {brief(getattr(self, name))} (the file says {brief(value)})"
             for name, value in recorded.items()
             if name in _OPTIONS and getattr(self, name) is not None and getattr(self, name) != value
         ]
@@ -125,7 +126,7 @@ def facts_from_flagfile(path: Path) -> Facts:
     mean_type = flags.last("mean_type", str, "a word")
     if mean_type not in {None, "epsilon"}:
         raise CheckpointError(
-            f"{path} says --mean_type={mean_type}: expected epsilon, a network that predicts the noise"
+            f"{path} says --mean_type={brief(mean_type)}: expected epsilon, a network that predicts the noise"
         )
     attention = flags.whole_numbers("attn")
     return Facts(
@@ -199,18 +200,18 @@ def _flags(path: Path) -> dict[str, list[str]]:
         if value is not None:
             flags.setdefault(name, []).append(value)
     if any(flags.get("flagfile", ())):
-        raise CheckpointError(f"{path} includes another file (--flagfile={flags['flagfile'][-1]}): copy its lines here")
+        raise CheckpointError(
+            f"{path} includes another file (--flagfile={brief(flags['flagfile'][-1])}): copy its lines here"
+        )
     return flags
 
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise CheckpointError(f"{path} is no flagfile: expected at most {_MOST_BYTES} bytes, found more")
-        return data.decode()
+        return read_bytes(path, _MOST_BYTES).decode()
     except OSError as error:
         raise CheckpointError(f"expected a flagfile at {path}, which cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is no flagfile: expected text, found bytes that are no UTF-8") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no flagfile: {error}") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ddsm_engine.cli import guarded
-from ddsm_engine.errors import SpecError
+from ddsm_engine.errors import BackendError, SpecError
 from ddsm_engine.files import clear_leftovers, only_one_process, write_atomically
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
@@ -60,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument("--middle-widths", type=int, default=1, help="random widths per step beside the two ends")
     recipe.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
     recipe.add_argument("--seed", type=int, default=0)
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CPUs with AMX")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU or a CPU with AMX"
+    )
     p.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
     p.add_argument("--save-every", type=float, default=300.0, metavar="SECONDS")
     p.add_argument("--samples-every", type=int, default=50_000, metavar="IMAGES", help="also drawn at the end")
@@ -103,6 +106,8 @@ def train(arguments: argparse.Namespace) -> None:
         state_from_weights,
     )
 
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("torch sees no CUDA device here; use --device cpu")
     if a.threads:
         torch.set_num_threads(a.threads)
     schedule = NoiseSchedule(1e-4, 0.02, a.timesteps)
@@ -125,7 +130,8 @@ def train(arguments: argparse.Namespace) -> None:
     provenance: dict[str, Any] = {"data": {"name": a.data.name, **identity["images"]}}
     if init is not None:
         provenance["init"] = dict(init.provenance)
-    bf16 = a.precision == "bf16" or (a.precision == "auto" and torch.cpu._is_amx_tile_supported())
+    native = a.device == "cuda" or torch.cpu._is_amx_tile_supported()
+    bf16 = a.precision == "bf16" or (a.precision == "auto" and native)
     steps = math.ceil(a.images / a.batch_size)
     a.output.mkdir(parents=True, exist_ok=True)
     with only_one_process(a.output):
@@ -140,7 +146,9 @@ def train(arguments: argparse.Namespace) -> None:
             f"{'resuming at' if state.step else 'from'} step {state.step} of {steps}",
             file=sys.stderr,
         )
-        trainer = Trainer(spec, schedule, widths, config, images, state, bf16=bf16, provenance=provenance)
+        trainer = Trainer(
+            spec, schedule, widths, config, images, state, bf16=bf16, device=a.device, provenance=provenance
+        )
         with _Progress(trainer, identity, a.output, steps, a.samples_every) as progress:
             run_training(
                 trainer, steps=steps, save_every_s=a.save_every, on_step=progress.advance, on_save=progress.save

@@ -1,14 +1,20 @@
 """Training images from what people have: a folder, an array, Fashion-MNIST's IDX files, CIFAR-10's binary batches."""
 
 import gzip
+import math
+import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ddsm_engine.errors import DdsmError
 
@@ -16,17 +22,33 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 CIFAR_RECORD = 1 + 3 * 32 * 32
 IDX_UINT8_IMAGES = 0x00000803
 
-# What readers of arrays and archives raise on bytes that were not written for them.
+MAX_BYTES = 1 << 34
+"""Of all images together, in memory: 1.3 million of 64 x 64 in colour."""
+MAX_EXPANSION, EXPANSION_FREE = 64, 1 << 26
+"""A compressed file may unpack to this many times its size, and to 64 MiB in any case; deflate itself reaches 1032."""
+MAX_PIXELS = 1 << 25
+"""Of one picture in a folder: 100 MB in colour before it is made small."""
+MAX_PADDING = 4
+"""Times that padding may enlarge an array's height or width."""
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""The suffix does not decide: Pillow's other readers (one of them starts a program) are never tried."""
+
+# What readers of arrays, archives and pictures raise on bytes that were not written for them.
 _UNREADABLE = (
     OSError,
     EOFError,
     ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
     RuntimeError,
     MemoryError,
     SyntaxError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
     tokenize.TokenError,
+    Image.DecompressionBombError,
 )
 
 
@@ -50,18 +72,16 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
     Raises:
         DataError: nothing readable, or shapes that do not fit.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; expected a folder of images, an .npz, an IDX file or CIFAR-10 batches")
+    if not (path.is_dir() or path.is_file()):
+        raise DataError(
+            f"{path} does not exist, or is a pipe or a device; expected a folder of images, an .npz, an IDX file or "
+            f"CIFAR-10 batches"
+        )
     try:
-        if path.is_dir():
-            batches = sorted(path.glob("data_batch_*.bin"))
-            images = _read_cifar(batches) if batches else _read_folder(path, channels, image_size)
-        elif path.suffix in {".npz", ".npy"}:
-            images = _read_array(path)
-        else:
-            images = _read_idx(path)
+        with warnings.catch_warnings(action="ignore"):  # a library's remarks on a file, beside our one line
+            images = _read(path, channels, image_size)
     except _UNREADABLE as error:
-        detail = str(error) or type(error).__name__
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{path} could not be read as training images: {detail}") from error
     if images.dtype != np.uint8 or len(images) == 0:
         raise DataError(f"{path} must hold uint8 images, found {images.dtype} with {len(images)} of them")
@@ -70,45 +90,95 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
     return _pad_to(images, image_size, path)
 
 
+def _read(path: Path, channels: int, image_size: int) -> NDArray[np.uint8]:
+    if path.is_dir():
+        batches = [batch for batch in sorted(path.glob("data_batch_*.bin")) if batch.is_file()]
+        return _read_cifar(batches) if batches else _read_folder(path, channels, image_size)
+    return _read_array(path) if path.suffix in {".npz", ".npy"} else _read_idx(path)
+
+
 def _pad_to(images: NDArray[np.uint8], size: int, path: Path) -> NDArray[np.uint8]:
     height, width = images.shape[2:]
     if height > size or width > size:
         raise DataError(f"{path} holds images of {width}x{height}; the network takes {size}x{size}")
+    if size > MAX_PADDING * min(height, width):
+        raise DataError(f"{path} holds images of {width}x{height}; padding them to {size}x{size} is mostly padding")
+    _check_size(len(images) * images.shape[1] * size * size, path)
     top, left = (size - height) // 2, (size - width) // 2
     margins = ((0, 0), (0, 0), (top, size - height - top), (left, size - width - left))
     return np.pad(images, margins, constant_values=0)
 
 
 def _read_folder(folder: Path, channels: int, image_size: int) -> NDArray[np.uint8]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    _check_size(len(files) * channels * image_size**2, folder)
     return np.stack([_read_picture(file, channels, image_size) for file in files])
 
 
 def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint8]:
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=PICTURE_FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"it has {picture.width}x{picture.height} pixels, expected at most {MAX_PIXELS}")
             square = min(picture.size)
             left, top = (picture.width - square) // 2, (picture.height - square) // 2
             centre = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + square, top + square))
             pixels = np.asarray(centre.resize((image_size, image_size), Image.Resampling.LANCZOS))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} is not a readable image: {error}") from error
+    except _UNREADABLE as error:
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{file} is not a readable image: {detail}") from error
     return _channels_first(pixels[None])[0]
 
 
 def _read_array(path: Path) -> NDArray[np.uint8]:
     with path.open("rb") as file:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            names = loaded.files
-            if "images" not in names and len(names) != 1:
-                raise DataError(f"{path} must hold an array named 'images' (or only one array), found {names}")
-            loaded = loaded["images" if "images" in names else names[0]]
-    if not isinstance(loaded, np.ndarray):
-        raise DataError(f"{path} must hold an array, found {type(loaded).__name__}")
-    return _channels_first(loaded)
+        if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            return _channels_first(_read_npy(file, path.stat().st_size, path))
+        with zipfile.ZipFile(file) as archive:
+            members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
+            if "images" not in members and len(members) != 1:
+                found = [name[:40] for name in members][:8]
+                raise DataError(f"{path} must hold an array named 'images' (or only one array), found {found}")
+            member = members.get("images") or next(iter(members.values()))
+            if not member.filename.endswith(".npy"):
+                raise DataError(f"{path} must hold an array, found bytes of the name {member.filename[:60]!r}")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"its array is compressed by method {member.compress_type}; use numpy.savez")
+            with archive.open(member) as stream:
+                return _channels_first(_read_npy(stream, _most_unpacked(path), path))
+
+
+def _read_npy(stream: IO[bytes], most: int, path: Path) -> NDArray[np.uint8]:
+    """Read a ``.npy`` of uint8; what its header announces is compared with ``most`` before the data are read."""
+    version = npy.read_magic(stream)
+    read_header: Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]] | None = {
+        (1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
+    }.get(version)  # fmt: skip
+    if read_header is None:
+        raise ValueError(f"its array has format version {version}")
+    shape, columns_first, dtype = read_header(stream)
+    if dtype != np.uint8:
+        raise ValueError(f"it must hold uint8 images, found {str(dtype)[:60]}")
+    expected = math.prod(shape)
+    if min(shape, default=1) < 0 or expected > most:
+        raise ValueError(f"its array announces the shape {str(shape)[:60]}, more than the file can hold")
+    _check_size(expected, path)
+    data = stream.read(expected)
+    if len(data) != expected:
+        raise ValueError(f"its array announces {expected} bytes and holds {len(data)}")
+    return np.frombuffer(data, np.uint8).reshape(shape, order="F" if columns_first else "C")
+
+
+def _most_unpacked(path: Path) -> int:
+    return max(EXPANSION_FREE, MAX_EXPANSION * path.stat().st_size)
+
+
+def _check_size(size: int, path: Path) -> None:
+    if size > MAX_BYTES:
+        raise DataError(f"{path} holds images of {size} bytes as the network takes them, expected at most {MAX_BYTES}")
 
 
 def _channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -127,14 +197,19 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
                 f"{path} is not an IDX file of images (magic {magic:#010x}, expected {IDX_UINT8_IMAGES:#010x})"
             )
         expected = count * height * width
+        most = _most_unpacked(path) if path.suffix == ".gz" else path.stat().st_size
+        if expected > most:
+            raise DataError(f"{path} announces {count} images ({expected} bytes), more than the file can hold")
+        _check_size(expected, path)
         data = file.read(expected + 1)
     if len(data) != expected:
-        raise DataError(f"{path} announces {count} images ({expected} bytes) and holds {len(data)} bytes")
+        raise DataError(f"{path} announces {count} images ({expected} bytes) and holds {len(data)} bytes or more")
     return np.frombuffer(data, dtype=np.uint8).reshape(count, 1, height, width)
 
 
 def _read_cifar(batches: list[Path]) -> NDArray[np.uint8]:
     images = []
+    _check_size(sum(batch.stat().st_size for batch in batches), batches[0].parent)
     for batch in batches:
         data = np.fromfile(batch, dtype=np.uint8)
         if data.size == 0 or data.size % CIFAR_RECORD:

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import functional_call
 
@@ -29,7 +28,8 @@ from ddsm_engine.networks.unet import UNet
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import sinusoid
-from ddsm_export.supernet import Supernet
+from ddsm_engine.untrusted import TensorFile, brief, open_safetensors, parse_json, shapes_of
+from ddsm_export.supernet import Supernet, save_tensors
 
 LOSS_MEMORY = 0.95
 """Decay of the running loss that is shown per width."""
@@ -79,6 +79,11 @@ class TrainingState:
         }  # fmt: skip
         return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
+    def to(self, device: torch.device) -> None:
+        """Move every tensor."""
+        for tensors in (self.weights, self.ema, self.first_moment, self.second_moment):
+            tensors |= {name: tensor.to(device) for name, tensor in tensors.items()}
+
 
 def initial_state(spec: UNetSpec, seed: int) -> TrainingState:
     """Initialise as pytorch-ddpm does: Xavier uniform, zero biases, and 1e-5 gain where a residual branch ends."""
@@ -120,7 +125,8 @@ def widths_of_step(widths: tuple[int, ...], middle: int, generator: torch.Genera
 class Trainer:
     """Owns the state, the optimiser over it, and the static networks the widths are called through.
 
-    ``bf16`` computes under autocast; it is not part of the recipe, so a training may resume on another machine.
+    ``bf16`` computes under autocast on ``device``; neither is part of the recipe, so a training may resume on another
+    machine. Random numbers are drawn on the CPU (but for dropout), and are the same everywhere.
     ``provenance`` (data, what it began from) is passed on to the supernet.
     """
 
@@ -134,15 +140,17 @@ class Trainer:
         state: TrainingState,
         *,
         bf16: bool,
+        device: str = "cpu",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        self.bf16, self.provenance = bf16, provenance or {}
+        self.bf16, self.device, self.provenance = bf16, torch.device(device), provenance or {}
         self.spec, self.schedule, self.widths, self.config, self.state = spec, schedule, widths, config, state
         self.images = images
         self.networks: dict[int, UNet] = {width: empty_unet(spec, width).train() for width in widths}
-        alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)
+        alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).to(self.device)
         self.signal, self.noise = alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
-        self.time_table = torch.from_numpy(sinusoid(range(schedule.timesteps), spec.time_features))
+        self.time_table = torch.from_numpy(sinusoid(range(schedule.timesteps), spec.time_features)).to(self.device)
+        state.to(self.device)
         # A state that was read has another order, and the order of the clip's sum decides its last bit.
         state.weights, state.ema = dict(sorted(state.weights.items())), dict(sorted(state.ema.items()))
         for tensor in state.weights.values():
@@ -150,7 +158,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(state.weights.values(), lr=config.learning_rate, fused=True)
         for name, weight in state.weights.items():
             self.optimizer.state[weight] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.step), device=self.device),
                 "exp_avg": state.first_moment[name],
                 "exp_avg_sq": state.second_moment[name],
             }
@@ -162,15 +170,20 @@ class Trainer:
             CheckpointError: a loss is not finite; the state file still holds the last good one.
         """
         config, state = self.config, self.state
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step + 1)
+        seed = config.seed * 1_000_003 + state.step + 1
+        generator = torch.Generator().manual_seed(seed)
         x_0 = self._batch(generator)
         losses = {}
-        for width in widths_of_step(self.widths, config.middle_widths, generator):
-            loss = self._loss(width, x_0, generator)
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses[width] = loss.item()
-            if not math.isfinite(losses[width]):
-                raise CheckpointError(f"the loss of width {width} is {losses[width]} at step {state.step}; lower --lr")
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # dropout takes no generator
+            for width in widths_of_step(self.widths, config.middle_widths, generator):
+                loss = self._loss(width, x_0, generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses[width] = loss.item()
+                if not math.isfinite(losses[width]):
+                    raise CheckpointError(
+                        f"the loss of width {width} is {losses[width]} at step {state.step}; lower --lr"
+                    )
         torch.nn.utils.clip_grad_norm_(state.weights.values(), config.grad_clip)
         rate = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
@@ -194,20 +207,20 @@ class Trainer:
         if self.config.flip:
             mirrored = torch.rand(size, generator=generator) < 0.5
             x_0[mirrored] = x_0[mirrored].flip(-1)
-        return x_0
+        return x_0.to(self.device)
 
     def _loss(self, width: int, x_0: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error of the predicted noise (Ho et al. 2020, equation 14); timesteps are stratified."""
         size = len(x_0)
         strata = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        t = (strata * self.schedule.timesteps).long().clamp(max=self.schedule.timesteps - 1)
-        eps = torch.randn(x_0.shape, generator=generator)
+        t = (strata * self.schedule.timesteps).long().clamp(max=self.schedule.timesteps - 1).to(self.device)
+        eps = torch.randn(x_0.shape, generator=generator).to(self.device)
         x_t = self.signal[t, None, None, None] * x_0 + self.noise[t, None, None, None] * eps
         network = self.networks[width]
         parameters = slice_weights(self.state.weights, network)
         if self.bf16:
-            x_t = x_t.to(memory_format=torch.channels_last)  # the layout of the CPU's bf16 convolutions
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            x_t = x_t.to(memory_format=torch.channels_last)  # the layout of bf16 convolutions
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             predicted = functional_call(network, parameters, (x_t, self.time_table[t]))
         return (predicted.float() - eps).square().mean()
 
@@ -221,7 +234,7 @@ class Trainer:
         return Supernet(
             spec=self.spec,
             noise_schedule=self.schedule,
-            weights={name: tensor.clone() for name, tensor in self.state.ema.items()},
+            weights={name: tensor.clone().cpu() for name, tensor in self.state.ema.items()},
             provenance={
                 "weights": "ema",
                 "steps": self.state.step,
@@ -267,23 +280,44 @@ def save_state(state: TrainingState, identity: Mapping[str, Any], path: Path) ->
         "losses": json.dumps(state.losses),
     }
     with atomic_path(path) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in state.tensors.items()}, temporary, metadata=header)
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}, temporary, header)
 
 
 def load_state(identity: Mapping[str, Any], path: Path) -> TrainingState:
-    """Read what ``save_state`` wrote.
+    """Read what ``save_state`` wrote; names and shapes are compared with the spec before a tensor is read.
 
     Raises:
         CheckpointError: unreadable, or of a training with other settings.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        found = json.loads(header["identity"])
-        step, losses = int(header["step"]), {int(w): float(v) for w, v in json.loads(header["losses"]).items()}
+            step, losses = _progress(header)
+            _check_same_training(parse_json(header["identity"]), identity, path)
+            tensors = _read_tensors(file, UNetSpec.from_json(identity["spec"]))
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable training state: {error}; remove it to start anew") from error
+        detail = str(error)[:300]
+        raise CheckpointError(f"{path} is not a readable training state: {detail}; remove it to start anew") from error
+
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    return TrainingState(group("weights/"), group("ema/"), group("adam1/"), group("adam2/"), step, losses)
+
+
+def _progress(header: Mapping[str, str]) -> tuple[int, dict[int, float]]:
+    """Step and running losses of a state file's header."""
+    step, losses = parse_json(header["step"]), parse_json(header["losses"])
+    if type(step) is not int or not 0 <= step < 1 << 53 or not isinstance(losses, dict):
+        raise ValueError(f"step and losses are {brief(step)} and {brief(losses)}")
+    if not all(width.isdecimal() and isinstance(loss, float | int) for width, loss in losses.items()):
+        raise ValueError(f"losses are {brief(losses)}, expected a number for each width")
+    return step, {int(width): float(loss) for width, loss in losses.items()}
+
+
+def _check_same_training(found: object, identity: Mapping[str, Any], path: Path) -> None:
+    if not isinstance(found, dict):
+        raise KeyError(f"its identity is {brief(found)}")
     different = [k for k in identity if identity[k] != found.get(k)]
     if different:
         raise CheckpointError(
@@ -291,10 +325,14 @@ def load_state(identity: Mapping[str, Any], path: Path) -> TrainingState:
             f"or another output folder to start anew"
         )
 
-    def group(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    return TrainingState(group("weights/"), group("ema/"), group("adam1/"), group("adam2/"), step, losses)
+def _read_tensors(file: TensorFile, spec: UNetSpec) -> dict[str, Tensor]:
+    weights = {name: tuple(p.shape) for name, p in empty_unet(spec, spec.base_channels).named_parameters()}
+    groups = ("weights", "ema", "adam1", "adam2")
+    expected = {f"{group}/{name}": shape for group in groups for name, shape in weights.items()}
+    if shapes_of(file) != expected:
+        raise ValueError("its tensors are not those of this architecture")
+    return {name: file.get_tensor(name).float() for name in expected}
 
 
 def run_training(

@@ -1,0 +1,192 @@
+"""Whatever is done to a file, its reader returns or refuses: unbroken inputs, mutated by bytes and by structure."""
+
+import json
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddsm_engine.errors import DdsmError
+from ddsm_engine.untrusted import MAX_JSON_DEPTH, brief, parse_json
+from tests.hostile.corpus import safetensors
+from tests.hostile.readers import READERS
+
+EXAMPLES = 300
+
+Draw = st.DrawFn
+Mutation = Callable[[Draw, bytes], bytes]
+
+
+def _position(draw: Draw, data: bytes) -> int:
+    """Anywhere, and often near the front, where headers lie."""
+    return draw(st.one_of(st.integers(0, len(data)), st.integers(0, min(len(data), 200))))
+
+
+def flip(draw: Draw, data: bytes) -> bytes:
+    changed = bytearray(data or b"\0")
+    for _ in range(draw(st.integers(1, 4))):
+        changed[min(_position(draw, data), len(changed) - 1)] = draw(st.integers(0, 255))
+    return bytes(changed)
+
+
+def truncate(draw: Draw, data: bytes) -> bytes:
+    return data[: _position(draw, data)]
+
+
+def splice(draw: Draw, data: bytes) -> bytes:
+    """A part of it put elsewhere."""
+    first, last = sorted((_position(draw, data), _position(draw, data)))
+    where = _position(draw, data)
+    return data[:where] + data[first:last] + data[where + draw(st.integers(0, 20)) :]
+
+
+def insert(draw: Draw, data: bytes) -> bytes:
+    where = _position(draw, data)
+    return data[:where] + draw(st.binary(max_size=30)) * draw(st.sampled_from([1, 1, 50])) + data[where:]
+
+
+ODD_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([2**31, 2**63, -(2**63), 10**30, 10**400, 65535, 65536, 65537]),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from(["\ud800", "\x1b[2J", "\0", "../x", "/etc/passwd", "a" * 5000, "batch", "w004", "fp32"]),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.dictionaries(st.sampled_from(["first", "last", "variant", "name", "shape"]), st.integers(0, 3), max_size=3),
+)
+
+
+def _paths(value: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] + [below for key, child in items for below in _paths(child, (*path, key))]
+
+
+def restructure(draw: Draw, value: Any) -> Any:
+    """Replace, remove or repeat a few values of a JSON document."""
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(_paths(value)))
+        if not path:
+            continue
+        holder = value
+        for key in path[:-1]:
+            holder = holder[key]
+        match draw(st.sampled_from(["replace", "replace", "remove", "repeat"])):
+            case "replace":
+                holder[path[-1]] = draw(ODD_VALUES)
+            case "remove":
+                del holder[path[-1]]
+            case "repeat" if isinstance(holder, list):
+                holder += [holder[path[-1]]] * draw(st.integers(1, 300))
+            case _:
+                holder[str(path[-1]) + "2"] = holder[path[-1]]
+    return value
+
+
+def json_values(draw: Draw, data: bytes) -> bytes:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return flip(draw, data)
+    return json.dumps(restructure(draw, value)).encode()
+
+
+def header_values(draw: Draw, data: bytes) -> bytes:
+    """The same in the header of a safetensors file, or in what is written in it as JSON."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    words = header["__metadata__"]
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(["spec", "noise_schedule", "provenance"]))
+        words[name] = json.dumps(restructure(draw, json.loads(words[name])))
+    else:
+        restructure(draw, header)
+    return safetensors(header, data[8 + size :])
+
+
+ANY: tuple[Mutation, ...] = (flip, truncate, splice, insert)
+MUTATIONS: dict[str, tuple[Mutation, ...]] = {
+    "manifest": (*ANY, json_values, json_values, json_values, json_values),
+    "strategy": (*ANY, json_values, json_values),
+    "flagfile": ANY,
+    "checkpoint": ANY,
+    "supernet": (*ANY, header_values, header_values),
+    "onnx": ANY,
+}
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]:
+    return {name: reader.seeds(tmp_path_factory.mktemp(name)) for name, reader in READERS.items()}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_unbroken_inputs_are_read(name: str, seeds: dict[str, list[bytes]], tmp_path: Path) -> None:
+    for seed in seeds[name]:
+        READERS[name].read(tmp_path, seed)
+
+
+def outcome(name: str, folder: Path, content: bytes) -> str:
+    try:
+        READERS[name].read(folder, content)
+    except DdsmError as error:
+        return "refused" if len(str(error)) < 1000 else f"refused at length: {error}"
+    return "read"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_mutated_file_is_read_or_refused_and_nothing_else(
+    name: str, seeds: dict[str, list[bytes]], tmp_path: Path
+) -> None:
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        @st.composite
+        def mutated(draw: Draw) -> bytes:
+            seed = draw(st.sampled_from(seeds[name]))
+            return draw(st.sampled_from(MUTATIONS[name]))(draw, seed)
+
+        content = data.draw(mutated())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            outcomes[outcome(name, tmp_path, content)] += 1
+
+    check()
+    assert outcomes.keys() <= {"read", "refused"}
+    assert outcomes["refused"] > EXAMPLES / 10, "mutations that change nothing prove nothing"
+
+
+# --- what the readers are made of -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "NaN", "-Infinity", "1e999", '{"a": 1, "a": 2}', "\ufeff{}", "9" * 5000,
+        "[" * (MAX_JSON_DEPTH + 2) + "]" * (MAX_JSON_DEPTH + 2),
+    ],
+)  # fmt: skip
+def test_json_that_is_not_strict_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - every reason will do
+        parse_json(text)
+    assert str(caught.value)
+
+
+def test_json_of_the_allowed_depth_is_read() -> None:
+    text = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
+    assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
+
+
+@given(ODD_VALUES)
+def test_what_a_message_quotes_is_short_and_on_one_line(value: object) -> None:
+    assert len(brief(value)) < 500
+    assert brief(value).isprintable()
