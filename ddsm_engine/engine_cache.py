@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.errors import BackendError, OutputError
-from ddsm_engine.files import atomic_path, clear_leftovers
+from ddsm_engine.files import SUFFIX, atomic_path, clear_leftovers
+from ddsm_engine.untrusted import parse_json, read_bytes
 
 ENGINES = "engines"
 ENGINE, SEAL = "engine.bin", "seal.json"
@@ -26,6 +27,11 @@ KEY_BYTES = 32
 MAX_SEAL_BYTES = 1 << 16
 
 log = logging.getLogger(__name__)
+
+
+class ForeignEngineError(BackendError):
+    """An engine that this user did not build on this machine, or not for this purpose: native code of somebody else."""
+
 
 Target = Mapping[str, str | int]
 """What an engine depends on beside the variant: backend and its version, device, precision, batch, threads."""
@@ -63,7 +69,7 @@ class EngineCache:
                 if (folder / variant.id).is_dir():
                     return read_sealed(folder / variant.id, self._subject(variant))
             except BackendError as error:
-                log.warning("%s; compiling it anew", error)
+                log.warning("%s; compiling anew", error)
         return None
 
     @property
@@ -81,6 +87,7 @@ class EngineCache:
         folder = self.kept_in / variant.id
         subject = self._subject(variant) | {"sha256": hashlib.sha256(engine).hexdigest(), "size_bytes": len(engine)}
         try:
+            clear_leftovers(user_cache_folder())
             seal = subject | {"seal": _seal(subject, _own_key(make=True))}
             folder.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(folder.parent, folder.name)
@@ -110,36 +117,36 @@ def read_sealed(folder: Path, subject: Mapping[str, object] | None = None) -> by
         subject: What it must be made from and for; None takes any.
 
     Raises:
-        BackendError: damaged, sealed elsewhere, or made from or for something else.
+        ForeignEngineError: sealed elsewhere, or made from or for something else.
+        BackendError: damaged.
     """
     try:
-        engine, text = (folder / ENGINE).read_bytes(), _read_small(folder / SEAL)
-        sealed = json.loads(text)
-        claimed = sealed.pop("seal")
-        intact = sealed["sha256"] == hashlib.sha256(engine).hexdigest() and sealed["size_bytes"] == len(engine)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BackendError(f"the engine in {folder} is damaged: its seal cannot be read") from error
-    if not intact:
-        raise BackendError(f"the engine in {folder} is damaged: its content is not what its seal vouches for")
-    if not hmac.compare_digest(_seal(sealed, _own_key(make=False)), str(claimed)):
-        raise BackendError(f"the engine in {folder} was not built by this user on this machine, and is not loaded")
+        sealed = parse_json(read_bytes(folder / SEAL, MAX_SEAL_BYTES))
+        claimed, sha256, size_bytes = sealed.pop("seal"), sealed["sha256"], sealed["size_bytes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackendError(f"the engine in {folder} is damaged: its seal cannot be read; remove that folder") from error
+    # Nothing of an engine is read before its seal is known to be ours.
+    if not hmac.compare_digest(_seal(sealed, _own_key(make=False)).encode(), str(claimed).encode()):
+        raise ForeignEngineError(
+            f"the engine in {folder} was not built by this user on this machine, and is not loaded"
+        )
     if subject is not None and any(sealed.get(name) != value for name, value in subject.items()):
-        raise BackendError(f"the engine in {folder} was built from another bundle or for another target")
+        raise ForeignEngineError(f"the engine in {folder} was built from another bundle or for another target")
+    try:
+        engine = read_bytes(folder / ENGINE, size_bytes)
+    except (OSError, ValueError):
+        engine = b""
+    if hashlib.sha256(engine).hexdigest() != sha256:
+        raise BackendError(
+            f"the engine in {folder} is damaged: its content is not what its seal vouches for; remove that folder"
+        )
     return engine
 
 
 def engines_of(bundle: Bundle) -> Iterator[Path]:
     """The folders of every engine that was kept for a bundle, whatever the target."""
     for root in (bundle.path / ENGINES, user_cache_folder() / ENGINES / bundle.manifest.checksum[:32]):
-        yield from sorted(path.parent for path in root.glob(f"*/*/{SEAL}"))
-
-
-def _read_small(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        text = opened.read(MAX_SEAL_BYTES + 1)
-    if len(text) > MAX_SEAL_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_SEAL_BYTES} bytes")
-    return text
+        yield from sorted(path for path in root.glob("*/*") if path.is_dir() and not path.name.endswith(SUFFIX))
 
 
 def _digest(facts: Mapping[str, object]) -> str:

@@ -22,6 +22,7 @@ SUFFIX = ".ddsm-partial"
 _ASIDE = "replaced"
 
 _AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_OFFERED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
@@ -37,16 +38,21 @@ def atomic_path(target: Path, *, replace: bool = True, private: bool = False) ->
         private: Whether only this user may read it; otherwise the user's umask decides.
 
     Raises:
-        OutputError: something has this name and must not be replaced; it is untouched.
+        OutputError: something has this name and must not be replaced, or the disk is full; what was there is untouched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked_sibling(target) as sibling:
         temporary = sibling / target.name
-        yield temporary
-        _give_modes(temporary, 0o600 if private else _ordinary_mode(sibling))
-        flush_to_disk(temporary)
-        _put_in_place(temporary, target, replace=replace)
-        _sync(target.parent)
+        try:
+            yield temporary
+            _give_modes(temporary, 0o600 if private else _ordinary_mode(sibling))
+            flush_to_disk(temporary)
+            _put_in_place(temporary, target, replace=replace)
+            _sync(target.parent)
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL:
+                raise
+            raise OutputError(f"{target} could not be written, and what was there is kept: {error.strerror}") from error
 
 
 def write_atomically(target: Path, data: bytes) -> None:

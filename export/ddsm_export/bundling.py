@@ -10,19 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
-
-from ddsm_engine.bundle import MANIFEST, TIME_TABLE, TIME_TABLE_KEY, WEIGHTS, FileInfo, Manifest, Variant
+from ddsm_engine.bundle import (
+    MANIFEST,
+    TIME_TABLE,
+    TIME_TABLE_KEY,
+    WEIGHTS,
+    FileInfo,
+    Manifest,
+    Variant,
+    denoiser_inputs,
+    denoiser_outputs,
+)
 from ddsm_engine.cost import gflops
 from ddsm_engine.errors import SpecError
-from ddsm_engine.files import atomic_path, refuse_existing, set_aside, sha256_of
+from ddsm_engine.files import atomic_path, refuse_existing, sha256_of
 from ddsm_engine.networks.slicing import subnetwork
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.strategy import Strategy
 from ddsm_export.cost import count_cost
-from ddsm_export.onnx import DEFAULT_OPSET, input_infos, onnx_from_subnetwork, output_infos
+from ddsm_export.onnx import DEFAULT_OPSET, onnx_from_subnetwork
 from ddsm_export.parity import measure_parity
-from ddsm_export.supernet import Supernet, save_supernet
+from ddsm_export.supernet import Supernet, save_supernet, save_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +79,7 @@ def export_bundle(
         output: The bundle's folder.
         options: Widths, precision, opset.
         strategies: Strategy files to put into the bundle, by name.
-        force: Replace a bundle that is there; it is moved aside first and deleted last.
+        force: Replace a bundle that is there; it stays until the new one is whole, and is deleted last.
         report: Gets one line per width.
 
     Raises:
@@ -79,9 +87,9 @@ def export_bundle(
         SpecError: a width that cannot be cut.
         BackendError: an artefact that differs from its network.
     """
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, marker=MANIFEST)
     widths = choose_widths(supernet.spec, options.widths)
-    with set_aside(output), atomic_path(output) as folder:
+    with atomic_path(output, replace=force) as folder:
         (folder / "variants").mkdir(parents=True)
         variants = []
         for width in widths:
@@ -94,7 +102,7 @@ def export_bundle(
             strategy.save(folder / "strategies" / f"{name}.yaml")
         (folder / "README.md").write_text(card(supernet, variants), encoding="utf-8")
         if supernet.time_table is not None:
-            save_file({TIME_TABLE_KEY: supernet.time_table}, folder / TIME_TABLE)
+            save_tensors({TIME_TABLE_KEY: supernet.time_table}, folder / TIME_TABLE)
         written = [
             WEIGHTS,
             "README.md",
@@ -132,8 +140,8 @@ def _export_variant(supernet: Supernet, width: int, folder: Path, options: Expor
         id=identifier,
         role="denoiser",
         precision=options.precision,
-        inputs=input_infos(spec),
-        outputs=output_infos(spec),
+        inputs=denoiser_inputs(spec),
+        outputs=denoiser_outputs(spec),
         file=relative,
         sha256=info.sha256,
         size_bytes=info.size_bytes,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddsm_engine import build, engine_cache
+from ddsm_engine import build, engine_cache, verify
 from ddsm_engine.backends.openvino import OpenVINOEngine
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.engine_cache import ENGINE, SEAL, engines_of, read_sealed, user_cache_folder
@@ -71,6 +71,11 @@ def flip(file: Path, position: int) -> None:
     file.write_bytes(data)
 
 
+def make_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def reseal_as_another_user(folder: Path) -> None:
     """What an author who means harm would do: the content and its SHA-256 agree, the seal is of another key."""
     (folder / ENGINE).write_bytes(b"code" + (folder / ENGINE).read_bytes())
@@ -93,7 +98,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one flipped byte": (lambda f: flip(f / ENGINE, 70_000), "content is not what its seal vouches for"),
     "cut short": (lambda f: os.truncate(f / ENGINE, 1000), "content is not what its seal vouches for"),
     "empty": (lambda f: os.truncate(f / ENGINE, 0), "content is not what its seal vouches for"),
-    "no engine": (lambda f: (f / ENGINE).unlink(), "seal cannot be read"),
+    "too long": (lambda f: (f / ENGINE).write_bytes((f / ENGINE).read_bytes() + b"x"), "not what its seal vouches for"),
+    "no engine": (lambda f: (f / ENGINE).unlink(), "not what its seal vouches for"),
+    "an engine that is a pipe": (lambda f: make_pipe(f / ENGINE), "not what its seal vouches for"),
+    "a seal that is a pipe": (lambda f: make_pipe(f / SEAL), "seal cannot be read"),
     "no seal": (lambda f: (f / SEAL).unlink(), "seal cannot be read"),
     "a flipped seal": (lambda f: flip(f / SEAL, 0), "seal cannot be read"),
     "a seal that is a list": (lambda f: (f / SEAL).write_text("[]"), "seal cannot be read"),
@@ -125,8 +133,21 @@ def test_a_damaged_engine_is_named_in_one_line_and_compiled_anew(
     assert draw(built) == draw(bundle_path)
     assert opened[:3].count(False) == 1, "only the damaged one was compiled"
     (line,) = caplog.messages
-    assert "content is not what its seal vouches for; compiling it anew" in line
+    assert "content is not what its seal vouches for; remove that folder; compiling anew" in line
     assert "w016" in line
+
+
+def test_verify_counts_engines_and_refuses_damaged_ones(
+    built: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow, damaged = (next(built.glob(f"engines/*/{name}")) for name in ("w008", "w016"))
+    reseal_as_another_user(narrow)
+    assert verify.main([str(built), "--backend", "onnxruntime", "--threads", "1"]) == 0
+    assert "engines: 6 whole, 1 sealed by another user or machine and never loaded" in capsys.readouterr().out
+    flip(damaged / ENGINE, 70_000)
+    line = refusal(verify.main, built)
+    assert "w016 is damaged" in line
+    assert "remove that folder" in line
 
 
 def test_a_valid_engine_of_another_variant_is_not_taken(built: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,276 @@
+"""``ddsm verify``: does a bundle still hold what was exported, and does this machine compute it?"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from ddsm_engine.backends import BACKENDS, INSTALL, choose_backend, installed_backends
+from ddsm_engine.backends.engine import EngineOptions, Precision
+from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle
+from ddsm_engine.cli import guarded
+from ddsm_engine.engine_cache import ENGINES, ForeignEngineError, engines_of, read_sealed
+from ddsm_engine.errors import BackendError, DdsmError, StrategyError
+from ddsm_engine.parity import TOLERANCES, Engines, Trajectory, TrajectoryParity, VariantParity, compare_variants
+from ddsm_engine.pipeline import Pipeline, choose_batch_size
+from ddsm_engine.plan import compile_plan
+from ddsm_engine.sampler import SAMPLERS, make_sampler
+from ddsm_engine.strategy import Strategy
+
+REFERENCE = "torch"
+"""Cuts its networks from the weights; every other backend reads the artefacts."""
+
+LOCAL_FOLDERS = (ENGINES, "latency")
+"""Caches and measurements of single machines: whatever writes them seals them, the manifest knows none of them."""
+
+DDIM_STEPS = 50
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``verify``."""
+    p = argparse.ArgumentParser(
+        prog="ddsm verify",
+        description="Check every hash of a bundle, and every variant on every backend installed here with its weights.",
+    )
+    p.add_argument("bundle", type=Path)
+    artefact_backends = tuple(name for name in BACKENDS if name != REFERENCE)
+    p.add_argument("--backend", choices=artefact_backends, help="only this one (default: every one installed)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), help="only this one (default: every one offered here)")
+    p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead; null stands for infinite")
+    run = p.add_argument_group("a whole run", "with the same noise as the reference's; reported, not judged")
+    run.add_argument("--trajectory", action="store_true", help="compare a whole run, too")
+    run.add_argument("--strategy", help="a file, the name of one in the bundle, or uniform:4/8 (default: full width)")
+    run.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    run.add_argument("--steps", type=int, help=f"default: {DDIM_STEPS} of ddim, every timestep of ddpm")
+    run.add_argument("--num-images", type=int, default=4)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--clip-sample", type=float, nargs="?", const=1.0, metavar="BOUND",
+        help="clip the predicted clean image to ± BOUND (1 if not given)",
+    )  # fmt: skip
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    return guarded(lambda: verify(arguments))
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Check the files, compare every variant, and a whole run where asked to.
+
+    Raises:
+        BundleError: a file that is not what the manifest vouches for.
+        StrategyError: a strategy that the bundle cannot run.
+        BackendError: a damaged engine, a variant beyond its tolerance, or nothing installed that could run one.
+    """
+    say: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
+    bundle = Bundle.open(arguments.bundle)
+    unvouched = check_files(bundle)
+    say(f"{bundle.path}: every file that the manifest vouches for is whole, every strategy fits")
+    if unvouched:
+        say(f"not vouched for: {', '.join(unvouched)}")
+    own, foreign = check_engines(bundle)
+    if own or foreign:
+        say(f"engines: {own} whole, {foreign} sealed by another user or machine and never loaded")
+    reference, candidates = choose_engines(arguments)
+    trajectory = plan_trajectory(bundle, arguments) if arguments.trajectory else None
+
+    rows = _table(compare_variants(bundle, reference, candidates), say, VARIANT_HEADER, _variant_line)
+    _explain(reference, rows, say)
+    beyond = [row for row in rows if row.excess > 1]
+    runs: list[TrajectoryParity] = []
+    if trajectory is not None and not beyond:
+        say(f"whole run: {trajectory.plan}; {trajectory.num_images} images, seed {trajectory.seed}")
+        runs = _table(trajectory.compare(reference, candidates), say, TRAJECTORY_HEADER, _trajectory_line)
+        say("not judged: a call's difference compounds in the calls after it, and how much depends on the weights")
+    if arguments.json:
+        report = {
+            "bundle": str(bundle.path),
+            "not_vouched_for": unvouched,
+            "engines": {"own": own, "foreign": foreign},
+            "reference": _spell(reference),
+            "variants": [asdict(row) for row in rows],
+            "tolerances": {name: asdict(tolerance) for name, tolerance in TOLERANCES.items()},
+            "trajectories": [asdict(run) for run in runs],
+        }
+        print(json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None), indent=1))
+    if beyond:
+        worst = max(beyond, key=lambda row: row.excess)
+        raise BackendError(
+            f"{worst.variant} on {worst.parity.backend} differs from {_spell(reference)} by "
+            f"{worst.parity.relative_l2:.1e} (relative L2), the worst of {len(beyond)} beyond tolerance among "
+            f"{len(rows)} rows; {worst.precision} must stay within {worst.parity.tolerance:.0e}. Export the bundle "
+            f"again; if only one backend or precision is beyond, run with another"
+        )
+
+
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+def check_files(bundle: Bundle) -> list[str]:
+    """Hash every file that the manifest vouches for, and try every strategy on the bundle.
+
+    Returns:
+        Files that nothing vouches for: neither in the manifest nor a strategy, and not in ``LOCAL_FOLDERS``.
+
+    Raises:
+        BundleError: a file that is missing or damaged, or that leaves the bundle.
+        StrategyError: a strategy that cannot be read, or that this bundle cannot run.
+    """
+    bundle.verify()
+    manifest, strategies = bundle.manifest, bundle.strategies().values()
+    for file in strategies:
+        _check_strategy(bundle, file)
+    known = {MANIFEST, *(variant.file for variant in manifest.variants), *(info.path for info in manifest.files)}
+    vouched = {bundle.path / relative for relative in known} | {*strategies}
+    present = (file for file in bundle.path.rglob("*") if file.is_symlink() or not file.is_dir())
+    others = sorted(file.relative_to(bundle.path) for file in present if file not in vouched)
+    return [str(file) for file in others if file.parts[0] not in LOCAL_FOLDERS]
+
+
+def _check_strategy(bundle: Bundle, file: Path) -> None:
+    strategy, manifest = Strategy.load(file), bundle.manifest
+    try:
+        # One over calls names its sampler; one over timesteps fits every sampler or none.
+        sampler = make_sampler(strategy.sampler or "ddim", manifest.noise_schedule, strategy.steps or 1)
+        compile_plan(strategy, sampler, manifest.variants, bundle.time_table())
+    except DdsmError as error:
+        raise StrategyError(f"{file}: {error}") from error
+
+
+def check_engines(bundle: Bundle) -> tuple[int, int]:
+    """Check every engine that was kept for a bundle.
+
+    Returns:
+        How many are whole and this user's, and how many are somebody else's.
+
+    Raises:
+        BackendError: a damaged one.
+    """
+    own = foreign = 0
+    for folder in engines_of(bundle):
+        try:
+            read_sealed(folder)
+            own += 1
+        except ForeignEngineError:
+            foreign += 1
+    return own, foreign
+
+
+def choose_engines(arguments: argparse.Namespace) -> tuple[Engines, list[Engines]]:
+    """The reference, and what is compared with it: every backend and precision that is here, or the ones asked for.
+
+    Without torch the first of them is the reference of the others.
+
+    Raises:
+        BackendError: a backend or a precision that is not here.
+    """
+    installed = installed_backends()
+    wanted = (choose_backend(arguments.backend, "cpu"),) if arguments.backend else installed
+    backends = [name for name in wanted if name != REFERENCE]
+    if not backends:
+        raise BackendError(f"no backend is installed that runs the bundle's artefacts: {INSTALL['onnxruntime']}")
+    engines: list[Engines] = [
+        (name, EngineOptions(precision=precision, threads=arguments.threads))
+        for name in backends
+        for precision in offered_precisions(name)
+        if arguments.precision in (None, precision)
+    ]
+    if not engines:
+        raise BackendError(f"{' and '.join(backends)} cannot compute in {arguments.precision} here; --precision fp32")
+    if REFERENCE in installed:
+        return (REFERENCE, EngineOptions(precision="fp32", threads=arguments.threads)), engines
+    if arguments.trajectory:
+        raise BackendError(f"--trajectory compares with a run of {WEIGHTS} in torch: {INSTALL[REFERENCE]}")
+    return engines[0], engines[1:]
+
+
+def offered_precisions(backend: str) -> tuple[Precision, ...]:
+    """What a backend computes in on this machine."""
+    if backend == "openvino":
+        from ddsm_engine.backends.openvino import resolve_precision
+
+        if resolve_precision(EngineOptions(precision="auto")) == "bf16":
+            return "fp32", "bf16"
+    return ("fp32",)
+
+
+def plan_trajectory(bundle: Bundle, arguments: argparse.Namespace) -> Trajectory:
+    """The run that is asked for.
+
+    Raises:
+        DdsmError: a strategy, sampler or number of images that does not fit.
+    """
+    a = arguments
+    choose_batch_size(a.num_images, None)
+    steps = DDIM_STEPS if a.steps is None and a.sampler == "ddim" else a.steps
+    strategy = a.strategy or Strategy.uniform(bundle.full.width_mult, bundle.manifest.spec.timesteps)
+    with Pipeline(bundle, REFERENCE, EngineOptions()) as pipe:
+        plan = pipe.plan(strategy, a.sampler, steps, clip_sample=a.clip_sample)
+    return Trajectory(bundle, plan, a.num_images, a.seed)
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+VARIANT_HEADER = f"{'variant':8} {'backend':>12} {'precision':>9} {'relative L2':>11} {'max abs':>8} {'tolerance':>9}"
+TRAJECTORY_HEADER = (
+    f"{'backend':>12} {'precision':>9} {'worst PSNR':>10} {'mean PSNR':>9} {'max abs':>8} {'relative L2':>11} "
+    f"{'seconds':>8} {'reference':>9}"
+)
+
+Row = TypeVar("Row", VariantParity, TrajectoryParity)
+
+
+def _table(rows: Iterable[Row], say: Callable[[str], None], header: str, spell: Callable[[Row], str]) -> list[Row]:
+    """Say each row when it is there: a wide network takes seconds for one."""
+    kept: list[Row] = []
+    for row in rows:
+        if not kept:
+            say(header)
+        say(spell(row))
+        kept.append(row)
+    return kept
+
+
+def _variant_line(row: VariantParity) -> str:
+    p = row.parity
+    return (
+        f"{row.variant:8} {p.backend:>12} {row.precision:>9} {p.relative_l2:11.1e} {p.max_abs:8.1e} {p.tolerance:9.0e} "
+        f"{'BEYOND' if row.excess > 1 else 'ok'}"
+    )
+
+
+def _trajectory_line(run: TrajectoryParity) -> str:
+    return (
+        f"{run.backend:>12} {run.precision:>9} {run.psnr_worst_db:7.1f} dB {run.psnr_mean_db:6.1f} dB "
+        f"{run.max_abs:8.1e} {run.relative_l2:11.1e} {run.seconds:8.2f} {run.reference_seconds:9.2f}"
+    )
+
+
+def _explain(reference: Engines, rows: Sequence[VariantParity], say: Callable[[str], None]) -> None:
+    """What the figures are relative to, and what each precision is allowed."""
+    if not rows:
+        say(f"every variant runs on {_spell(reference)}; there is nothing else here to compare it with")
+    else:
+        say(f"relative L2 is that to {_spell(reference)}; tolerance by precision:")
+        for precision, tolerance in TOLERANCES.items():
+            absent = "" if any(row.precision == precision for row in rows) else "; no such row here"
+            say(f"  {precision} {tolerance.relative_l2:.0e}  {tolerance.reason}{absent}")
+    if reference[0] != REFERENCE:
+        say(f"not compared with {WEIGHTS}, which needs torch: {INSTALL[REFERENCE]}")
+
+
+def _spell(reference: Engines) -> str:
+    source = f" from {WEIGHTS}" if reference[0] == REFERENCE else ""
+    return f"{reference[0]} {reference[1].precision}{source}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
