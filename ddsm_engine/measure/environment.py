@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("ddsm-engine", "numpy", "openvino", "onnxruntime", "torch")
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 def environment() -> dict[str, Any]:
     """CPU, cores, library versions, date, command line and, in a checkout, the commit."""
-    model, flags = _cpu()
+    model, features = cpu()
     return {
         "cpu": model,
-        "cpu_features": [feature for feature in FEATURES if feature in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_features": list(features),
+        "cores": cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
@@ -30,13 +30,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu() -> tuple[str, set[str]]:
+def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
+    """The processor's name and which of ``FEATURES`` it has."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine(), set()
+        return platform.processor() or platform.machine(), ()
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
+    flags = fields.get("flags", "").split()
+    return fields.get("model name", platform.machine()), tuple(feature for feature in FEATURES if feature in flags)
+
+
+def cores() -> int:
+    """The cores that this process may use: its affinity, which a cpuset narrows, but no CPU quota does."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(name: str) -> str | None:
