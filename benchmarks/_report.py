@@ -1,4 +1,4 @@
-"""From a result to what people read: JSON, its Markdown twin, and the marked blocks of the READMEs."""
+"""From a result to what people read, for every benchmark: JSON, its Markdown twin, the marked blocks of the READMEs."""
 
 import json
 import re
@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddsm_engine.cost import gflops
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import clear_leftovers, write_atomically
 
 Record = dict[str, Any]
 
-SHORT = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch dynamic": "torch dynamic"}
+RESULTS = Path(__file__).parent / "results"
 
 
-def save(record: Record, path: Path) -> None:
-    """Write the JSON and, beside it, the Markdown; each whole or not at all."""
+def save(record: Record, path: Path, details: str) -> None:
+    """Write the JSON and, beside it, its details as Markdown; each whole or not at all."""
+    head, command = f"# {record['benchmark']} on {record['machine']}", record["environment"]["command"]
     for file in (path, path.with_suffix(".md")):
         clear_leftovers(file.parent, file.name)
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-    write_atomically(path.with_suffix(".md"), report(record).encode())
+    write_atomically(path.with_suffix(".md"), f"{head}\n\n{details}\n\nCommand: `{command}`\n".encode())
 
 
-def load(path: Path) -> Record:
+def load(path: Path, benchmark: str) -> Record:
     """Read a result.
 
     Raises:
@@ -33,125 +33,35 @@ def load(path: Path) -> Record:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OutputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("benchmark") != "cifar10_cpu":
-        raise OutputError(f"{path} is not a result of benchmarks.cifar10_cpu")
+    if not isinstance(record, dict) or record.get("benchmark") != benchmark:
+        raise OutputError(f"{path} is not a result of benchmarks.{benchmark}")
     return record
 
 
-def report(record: Record) -> str:
-    """The Markdown twin: every contender with its spread, then the strategy, memory and machine."""
-    command = record["environment"]["command"]
-    return f"# cifar10_cpu on {record['machine']}\n\n{details(record)}\n\nCommand: `{command}`\n"
+def update_readmes(name: str, blocks: Mapping[Path, str]) -> None:
+    """Rewrite a benchmark's marked block of each README.
+
+    Raises:
+        OutputError: the markers are missing.
+    """
+    for readme, block in blocks.items():
+        write_atomically(readme, with_block(readme.read_text(encoding="utf-8"), name, block).encode())
 
 
-def details(record: Record) -> str:
-    """Everything the result holds, as Markdown without a heading."""
-    return "\n\n".join([full_table(record), *_contenders(record), *_sentences(record)])
+def path_of(record: Record) -> Path:
+    """Where a result is written: ``results/DATE-MACHINE-BENCHMARK.json``."""
+    return RESULTS / f"{record['environment']['date'][:10]}-{record['machine']}-{record['benchmark']}.json"
 
 
-def summary(record: Record) -> str:
-    """The compact block of the READMEs."""
-    return "\n\n".join([compact_table(record), *_sentences(record)])
+def machine_name(cpu: str, cores: int) -> str:
+    """A short name for a processor: ``AMD EPYC``, 2 cores → ``amd-epyc-2c``."""
+    plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", cpu.lower())
+    words = re.findall(r"[a-z0-9]+", plain)
+    return "-".join([*words[:4], f"{cores}c"])
 
 
-def full_table(record: Record) -> str:
-    """Width, both counts, and per contender milliseconds per step with 20th and 80th percentile and the speed-up."""
-    rows: Mapping[str, Record] = record["rows"]
-    names = list(dict.fromkeys(name for row in rows.values() for name in row["timings"]))
-    head = ["width", "GFLOPs, true", "GFLOPs, conv+linear", "expected"]
-    for name in names:
-        head += [f"{_long(name)}, ms (p20 to p80)", "measured"]
-    lines = []
-    for label, row in rows.items():
-        cells = [label, _g(row["macs"]), _g(row["conv_linear_macs"]), _times(_expected(rows, row))]
-        for name in names:
-            timing = row["timings"].get(name)
-            cells.append("-" if timing is None else _spread(timing))
-            cells.append(_times(_measured(rows, row, name)))
-        lines.append(cells)
-    return _markdown(head, lines)
-
-
-def compact_table(record: Record) -> str:
-    """Width, true GFLOPs, expected speed-up, then both static backends with theirs, and the dynamic peer."""
-    rows: Mapping[str, Record] = record["rows"]
-    auto = next(row["auto"] for row in rows.values())
-    static, peers = (auto, "onnxruntime fp32"), ("torch dynamic fp32", "torch dynamic bf16")
-    head = ["width", "GFLOPs", "expected"]
-    for name in static:
-        head += [f"{_long(name)}, ms", "measured"]
-    head += [f"{_long(name)}, ms" for name in peers]
-    lines = []
-    for label, row in rows.items():
-        cells = [label, _g(row["macs"]), _times(_expected(rows, row))]
-        for name in static:
-            cells += [_median(row, name), _times(_measured(rows, row, name))]
-        lines.append([*cells, *(_median(row, name) for name in peers)])
-    return _markdown(head, lines)
-
-
-def _contenders(record: Record) -> list[str]:
-    strategy = record.get("strategy")
-    if strategy is None:
-        return []
-    head = ["contender", "calls run", "full width, s per image", "strategy, s per image", "theoretical", "realised"]
-    lines = [
-        [
-            _long(name), str(c["calls"]), f"{c['full_s']:.2f}", f"{c['strategy_s']:.2f}", _times(c["theoretical"]),
-            _times(c["realised"]), f"{c['r']:.2f}", f"{100 * c['mfu']:.0f} %",
-        ]
-        for name, c in strategy["contenders"].items()
-    ]  # fmt: skip
-    return [
-        _markdown([*head, "R", "MFU of the full width"], lines),
-        f"Seconds are for {strategy['calls']} calls; a row with fewer calls ran an even part of them and is scaled up.",
-    ]
-
-
-def _sentences(record: Record) -> list[str]:
-    found = [_method_line(record)]
-    if record.get("strategy"):
-        found.append(_strategy_line(record["strategy"], record["published"]))
-    if record.get("memory"):
-        found.append(_memory_line(record["memory"]))
-    return [*found, _machine_line(record)]
-
-
-def _method_line(record: Record) -> str:
-    return (
-        "Milliseconds are the median of one sampling step (network and update) at batch 1, all contenders of a row "
-        f"taken in turns; GFLOPs are true ones (attention included); {record['settings']['groups']} groups, random "
-        "weights."
-    )
-
-
-def _strategy_line(strategy: Record, published: Record) -> str:
-    ours, peer = strategy["contenders"][strategy["ours"]], strategy["contenders"][strategy["best_peer"]]
-    scaled = "" if peer["calls"] == strategy["calls"] else f", scaled from {peer['calls']} calls"
-    label = f"{strategy['calls']} DDPM steps"
-    if strategy["sampler"] != "ddpm":
-        label = f"{strategy['calls']} evenly strided DDIM calls (η = 1; not the published run of 1000)"
-    return (
-        f"**{label}, batch 1, {_long(strategy['ours'])}: {ours['full_s']:.1f} s per image at full width, "
-        f"{ours['strategy_s']:.1f} s with the published strategy.** Theoretical {_times(ours['theoretical'])}, "
-        f"realised {_times(ours['realised'])}: R = {ours['r']:.2f}, with the full width at {100 * ours['mfu']:.0f} % "
-        f"MFU of this machine's own {strategy['peak_gflops'][strategy['peak_of_ours']]:.0f} GFLOP/s; Net R = "
-        f"{strategy['net_r']:.2f} (best peer at full width: {_long(strategy['best_peer'])}, {peer['full_s']:.1f} s"
-        f"{scaled}). Published: {published['full_s']} s → {published['strategy_s']} s per image on an "
-        f"{published['device']}, R = {published['r']} ({published['source']})."
-    )
-
-
-def _memory_line(memory: Mapping[str, Record]) -> str:
-    parts = [
-        f"{_long(name)} {m['peak_rss_bytes'] / 1e6:.0f} MB peak, {m['open_s']:.1f} s cold start"
-        for name, m in memory.items()
-    ]
-    count = next(iter(memory.values()))["variants"]
-    return f"All {count} variants resident: {'; '.join(parts)} (a fresh process each, without torch)."
-
-
-def _machine_line(record: Record) -> str:
+def machine_line(record: Record) -> str:
+    """Processor, libraries, date and commit."""
     where = record["environment"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in where["versions"] if name != "ddsm-engine")
     commits = dict.fromkeys([where["commit"], *(later["commit"] for later in record.get("resumed", []))])
@@ -161,38 +71,8 @@ def _machine_line(record: Record) -> str:
     )
 
 
-def _expected(rows: Mapping[str, Record], row: Record) -> float | None:
-    return rows["8/8"]["macs"] / row["macs"] if "8/8" in rows else None
-
-
-def _measured(rows: Mapping[str, Record], row: Record, name: str) -> float | None:
-    full = rows.get("8/8", {}).get("timings", {}).get(name)
-    own = row["timings"].get(name)
-    return full["median_ms"] / own["median_ms"] if full and own else None
-
-
-def _long(contender: str) -> str:
-    library, _, precision = contender.rpartition(" ")
-    return f"{SHORT.get(library, library)} {precision}"
-
-
-def _g(macs: float) -> str:
-    return f"{gflops(macs):.3f}"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _median(row: Record, name: str) -> str:
-    return f"{row['timings'][name]['median_ms']:.1f}" if name in row["timings"] else "-"
-
-
-def _spread(timing: Record) -> str:
-    return f"{timing['median_ms']:.2f} ({timing['p20_ms']:.2f} to {timing['p80_ms']:.2f})"
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *lines])
 

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks import _report
+from benchmarks import _cifar10_report, _report
 from benchmarks._report import Record
 from benchmarks.dynamic_torch import DynamicLoop, DynamicUNet, PeerPrecision, dynamic_unet_from_bundle
 from ddsm_engine.backends import open_engine
@@ -42,7 +42,6 @@ from ddsm_engine.bundle import MANIFEST, Bundle, Variant
 from ddsm_engine.cli import guarded
 from ddsm_engine.cost import gflops
 from ddsm_engine.errors import BackendError, BundleError, OutputError
-from ddsm_engine.files import write_atomically
 from ddsm_engine.measure.environment import environment
 from ddsm_engine.measure.peak import matmul_peak_gflops
 from ddsm_engine.measure.timing import time_in_turns
@@ -59,7 +58,6 @@ from ddsm_export.bundling import ExportOptions, export_bundle
 from ddsm_export.supernet import Supernet
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-RESULTS: Final = ROOT / "benchmarks" / "results"
 STRATEGY: Final = ROOT / "tests" / "data" / "ddsm_cifar10_strategy.yaml"
 NAME: Final = "cifar10_cpu"
 
@@ -582,7 +580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.update_readme is not None:
-        return guarded(lambda: update_readmes(arguments.update_readme))
+        return guarded(lambda: _report.update_readmes(NAME, readme_blocks(_report.load(arguments.update_readme, NAME))))
     return guarded(lambda: _measure_and_write(arguments))
 
 
@@ -633,47 +631,32 @@ def _measure_and_write(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
     )
     where = environment()
-    machine = arguments.machine or machine_name(where["cpu"], where["cores"])
+    machine = arguments.machine or _report.machine_name(where["cpu"], where["cores"])
     record = new_record(machine, settings, CIFAR10)
-    path = arguments.output or RESULTS / f"{where['date'][:10]}-{machine}-{NAME}.json"
+    path = arguments.output or _report.path_of(record)
     if arguments.resume is not None:
         path, fresh = arguments.resume, record
-        record = _report.load(path)
+        record = _report.load(path, NAME)
         check_same_run(record, fresh)
         record.setdefault("resumed", []).append({key: where[key] for key in ("date", "commit")})
     elif path.exists():
         raise OutputError(f"{path} exists already; go on with --resume {path}, or choose another --output")
     strategy = Strategy.load(arguments.strategy)
     with cifar10_bundle(arguments.bundle, settings.eighths) as bundle:
-        measure(bundle, strategy, settings, record=record, save=lambda found: _report.save(found, path))
-    print(f"\n{_report.report(record)}\nwritten: {path} and its Markdown twin")
+        measure(bundle, strategy, settings, record=record, save=lambda found: _save(found, path))
+    print(f"\n{_cifar10_report.details(record)}\n\nwritten: {path} and its Markdown twin")
 
 
-def machine_name(cpu: str, cores: int) -> str:
-    """A short name for a processor: ``AMD EPYC``, 2 cores → ``amd-epyc-2c``."""
-    plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", cpu.lower())
-    words = re.findall(r"[a-z0-9]+", plain)
-    return "-".join([*words[:4], f"{cores}c"])
-
-
-def update_readmes(result: Path) -> None:
-    """Rewrite the marked blocks of the READMEs from a result.
-
-    Raises:
-        OutputError: not a result, or ``benchmarks/README.md`` has no markers.
-    """
-    record = _report.load(result)
-    for readme, block in readme_blocks(record).items():
-        text = readme.read_text(encoding="utf-8")
-        if readme == ROOT / "README.md" and not _report.has_block(text, NAME):
-            print(f"{readme.name} has no markers for {NAME}; it was left as it is")
-            continue
-        write_atomically(readme, _report.with_block(text, NAME, block).encode())
+def _save(record: Record, path: Path) -> None:
+    _report.save(record, path, _cifar10_report.details(record))
 
 
 def readme_blocks(record: Record) -> dict[Path, str]:
     """What stands between the markers of which README."""
-    return {ROOT / "README.md": _report.summary(record), ROOT / "benchmarks" / "README.md": _report.details(record)}
+    return {
+        ROOT / "README.md": _cifar10_report.summary(record),
+        ROOT / "benchmarks" / "README.md": _cifar10_report.details(record),
+    }
 
 
 def _say(line: str) -> None:

@@ -1,5 +1,7 @@
 """One small supernet and one small bundle serve the whole suite."""
 
+import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,16 +33,34 @@ STATE = published_state_dict(CONFIG, seed=0)
 """Random weights, biases and norm affines: at default initialisation every wrong variant passes."""
 
 
-@pytest.fixture(scope="session")
-def supernet() -> Supernet:
+def tiny_supernet() -> Supernet:
     return Supernet(TINY, NoiseSchedule(1e-4, 0.02, 1000), product_weights(STATE), {"source": "random"}, STATE[TABLE])
 
 
+def export_tiny(path: Path) -> None:
+    """All seven widths and a strategy, under a minute."""
+    strategies = {"coarse": Strategy.coarse(COARSE, TINY.timesteps)}
+    export_bundle(tiny_supernet(), path, ExportOptions(), strategies=strategies)
+
+
 @pytest.fixture(scope="session")
-def bundle_path(supernet: Supernet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("session") / "tiny.bundle"
-    export_bundle(supernet, path, ExportOptions(), strategies={"coarse": Strategy.coarse(COARSE, TINY.timesteps)})
-    return path
+def supernet() -> Supernet:
+    return tiny_supernet()
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Processes that share the tests' work share the bundle: the first one makes it, the others wait.
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    lock = os.open(shared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        if not (shared / "tiny.bundle").exists():
+            export_tiny(shared / "tiny.bundle")
+    finally:
+        os.close(lock)
+    return shared / "tiny.bundle"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
 import copy
-import subprocess
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _report, cifar10_cpu
-from benchmarks.cifar10_cpu import NAME, ROOT, Settings, check_same_run, machine_name, measure, new_record
+from benchmarks import _cifar10_report, _report, cifar10_cpu
+from benchmarks._report import machine_name
+from benchmarks.cifar10_cpu import NAME, Settings, check_same_run, measure, new_record
 from benchmarks.dynamic_torch import DynamicLoop, SlimmableConv, dynamic_unet_from_bundle
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import BackendError, OutputError
@@ -101,8 +101,8 @@ def test_a_whole_measurement_is_kept_part_by_part(bundle: Bundle, strategy: Stra
         assert values["open_s"] > 0
         assert 20e6 < values["peak_rss_bytes"] < 2e9
     path = tmp_path / "result.json"
-    _report.save(found, path)
-    assert _report.load(path) == found
+    _report.save(found, path, _cifar10_report.details(found))
+    assert _report.load(path, NAME) == found
     assert "| 2/8 |" in path.with_suffix(".md").read_text()
 
 
@@ -208,14 +208,14 @@ Some CPU, 2 cores (avx2); openvino 1.0; 2026-01-02, commit abc."""
 
 
 def test_the_block_of_the_readme() -> None:
-    assert _report.summary(synthetic()) == GOLDEN
+    assert _cifar10_report.summary(synthetic()) == GOLDEN
 
 
 def test_without_the_full_width_no_speed_up_is_invented() -> None:
     partial = synthetic()
     del partial["rows"]["8/8"], partial["memory"]
-    assert "| 2/8 | 2.000 | - | 10.0 | - | 12.0 | - | 20.0 | 40.0 |" in _report.summary(partial)
-    assert "| 2/8 | 2.000 | 1.000 | - | 10.00 (9.00 to 12.00) | - |" in _report.report(partial)
+    assert "| 2/8 | 2.000 | - | 10.0 | - | 12.0 | - | 20.0 | 40.0 |" in _cifar10_report.summary(partial)
+    assert "| 2/8 | 2.000 | 1.000 | - | 10.00 (9.00 to 12.00) | - |" in _cifar10_report.details(partial)
 
 
 def test_the_strategy_line_quotes_r_beside_mfu() -> None:
@@ -227,11 +227,11 @@ def test_the_strategy_line_quotes_r_beside_mfu() -> None:
         "peak_gflops": {"fp32": 123.4}, "peak_of_ours": "fp32",
         "contenders": {"openvino fp32": contender, "torch dynamic fp32": {**contender, "calls": 100, "full_s": 100.0}},
     }  # fmt: skip
-    text = _report.summary({**synthetic(), "strategy": strategy})
+    text = _cifar10_report.summary({**synthetic(), "strategy": strategy})
     assert "60.0 s per image at full width, 40.0 s with the published strategy" in text
     assert "R = 0.75, with the full width at 40 % MFU of this machine's own 123 GFLOP/s; Net R = 1.25" in text
     assert "torch dynamic fp32, 100.0 s, scaled from 100 calls" in text
-    strided = _report.summary({**synthetic(), "strategy": {**strategy, "sampler": "ddim", "calls": 50}})
+    strided = _cifar10_report.summary({**synthetic(), "strategy": {**strategy, "sampler": "ddim", "calls": 50}})
     assert "50 evenly strided DDIM calls" in strided
 
 
@@ -243,21 +243,3 @@ def test_a_block_goes_between_its_markers_and_nowhere_else() -> None:
     assert _report.block_of(once, NAME) == r"new \1"
     with pytest.raises(OutputError, match="markers"):
         _report.with_block("a", NAME, "new")
-
-
-def committed_results() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", f"benchmarks/results/*-{NAME}.json"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
-
-
-def test_the_readmes_show_the_newest_result() -> None:
-    results = [_report.load(path) for path in committed_results()]
-    if not results:
-        pytest.skip(f"no result of {NAME} is committed yet (python -m benchmarks.{NAME})")
-    newest = max(results, key=lambda result: str(result["environment"]["date"]))
-    for readme, block in cifar10_cpu.readme_blocks(newest).items():
-        text = readme.read_text(encoding="utf-8")
-        if readme.parent != ROOT or _report.has_block(text, NAME):
-            assert _report.block_of(text, NAME) == block, f"python -m benchmarks.{NAME} --update-readme FILE"

@@ -1,0 +1,192 @@
+"""What was done to break it, and what broke?
+
+    python -m benchmarks.robustness
+
+Kills and races of every command that writes, the corpus of hostile files, coverage-guided fuzzing of every reader of
+foreign files, and a long soak with random strategies: each is a module of ``tests/`` that the test suite runs in small,
+run here in large. A part is written when it ends; the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import _report
+from benchmarks._report import Record, machine_line, table
+from ddsm_engine.backends import installed_backends
+from ddsm_engine.cli import guarded
+from ddsm_engine.errors import OutputError
+from ddsm_engine.measure.environment import environment
+
+NAME: Final = "robustness"
+ROOT: Final = Path(__file__).parents[1]
+READERS: Final = ("manifest", "strategy", "flagfile", "checkpoint", "supernet", "onnx")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--bundle", type=Path, help="the test suite's small bundle (default: exported anew)")
+    p.add_argument("--kills", type=int, default=1000)
+    p.add_argument("--races", type=int, default=90)
+    p.add_argument("--calls", type=int, default=100_000, help="engine calls of each backend's soak")
+    p.add_argument("--fuzz-seconds", type=int, default=60, help="per reader; needs atheris: pip install -e '.[fuzz]'")
+    p.add_argument("--machine", help="a short name for the processor")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)")
+    where.add_argument("--update-readme", type=Path, metavar="FILE", help="only rewrite the tables from this result")
+    arguments = p.parse_args(argv)
+    if arguments.update_readme is not None:
+        return guarded(lambda: _report.update_readmes(NAME, readme_blocks(_report.load(arguments.update_readme, NAME))))
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the parts that the result does not hold yet.
+
+    Raises:
+        OutputError: a part broke something.
+    """
+    where = environment()
+    machine = arguments.machine or _report.machine_name(where["cpu"], where["cores"])
+    record: Record = {"benchmark": NAME, "machine": machine, "environment": where}
+    path = arguments.output or _report.path_of(record)
+    if path.exists():
+        record = _report.load(path, NAME)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = arguments.bundle.absolute() if arguments.bundle else export_small_bundle(Path(folder))
+        seconds = str(arguments.fuzz_seconds)
+        # A part raises when something broke, so what is written held.
+        parts: dict[str, Callable[[], object]] = {
+            "hostile": count_hostile,
+            "kills": lambda: call("kills", "--bundle", bundle, "--kills", arguments.kills),
+            "races": lambda: call("races", "--bundle", bundle, "--races", arguments.races),
+            "soak": lambda: [
+                call("soak", "--bundle", bundle, "--backend", backend, "--calls", arguments.calls)
+                for backend in installed_backends()
+                if backend != "torch"
+            ],
+            "fuzz": lambda: {reader: fuzz(reader, seconds, Path(folder)) for reader in READERS},
+        }
+        for name, part in parts.items():
+            if name not in record:
+                print(f"{name} …", file=sys.stderr, flush=True)
+                record[name] = part()
+                _report.save(record, path, details(record))
+    print(f"{details(record)}\n\nwritten: {path} and its Markdown twin")
+
+
+def export_small_bundle(folder: Path) -> Path:
+    """The bundle of the test suite: 8x8 images, seven widths, random weights."""
+    from tests.conftest import export_tiny
+
+    export_tiny(folder / "tiny.bundle")
+    return folder / "tiny.bundle"
+
+
+def call(module: str, *arguments: object) -> Any:  # noqa: ANN401 - the module's own JSON
+    """Run a module of ``tests/robustness`` and read what it prints."""
+    return json.loads(_run(f"tests.robustness.{module}", *arguments).stdout)
+
+
+def count_hostile() -> Record:
+    """Let the suite feed every hostile file to its command."""
+    done = _run("pytest", "-q", "tests/hostile/test_corpus.py")
+    from tests.hostile.corpus import CASES
+
+    commands = [case.command for case in CASES]
+    return {
+        "files": {command: commands.count(command) for command in sorted(set(commands))},
+        "tests": done.stdout.strip().splitlines()[-1],
+    }
+
+
+def fuzz(reader: str, seconds: str, folder: Path) -> Record:
+    """Fuzz one reader; libFuzzer says how often it was called."""
+    done = _run("tests.hostile.fuzz", reader, "--seconds", seconds, "--output", folder / "found")
+    found = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stdout + done.stderr)
+    return {"executions": int(found[1]) if found else 0, "seconds": int(seconds)}
+
+
+def _run(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise OutputError(f"{module} found something: {(done.stderr or done.stdout)[-800:]}")
+    return done
+
+
+# What is printed
+
+
+def details(record: Record) -> str:
+    """Every part that was run, as Markdown without a heading."""
+    parts = []
+    if "kills" in record:
+        lines = [[name, str(t["kills"]), _counts(t["states"])] for name, t in record["kills"].items()]
+        parts.append(table(["command", "kill -9", "what was found right after"], lines))
+    if "races" in record:
+        lines = [[name, str(sum(ends.values())), _counts(ends)] for name, ends in record["races"].items()]
+        parts.append(table(["two processes at once", "times", "how they ended"], lines))
+    if "hostile" in record:
+        lines = [[command, str(count)] for command, count in record["hostile"]["files"].items()]
+        parts.append(table(["command", "hostile files refused with one line"], lines))
+    if "fuzz" in record:
+        lines = [[reader, f"{f['executions']:,}", str(f["seconds"])] for reader, f in record["fuzz"].items()]
+        parts.append(table(["reader", "fuzzed inputs", "seconds"], lines))
+    if "soak" in record:
+        head = ["backend", "calls", "swaps", "resident, MB", "leaked bytes", "per call", "repeats with the same bytes"]
+        lines = [
+            [
+                s["backend"], f"{s['calls']:,}", f"{s['swaps']:,}", f"{s['resident_mb']:.0f}", f"{s['leaked_bytes']:,}",
+                f"{s['bytes_per_call']:.2f}", str(s["same_bytes"]),
+            ]
+            for s in record["soak"]
+        ]  # fmt: skip
+        parts.append(table(head, lines))
+    return "\n\n".join([*parts, machine_line(record)])
+
+
+def summary(record: Record) -> str:
+    """The compact block of the README."""
+    killed = sum(tally["kills"] for tally in record["kills"].values())
+    raced = sum(sum(ends.values()) for ends in record["races"].values())
+    files = sum(record["hostile"]["files"].values())
+    fuzzed = sum(f["executions"] for f in record["fuzz"].values())
+    lines = [
+        ["`kill -9` at random moments of every command that writes", f"{killed:,}", "old state or new one, always"],
+        ["two processes writing the same thing at once", f"{raced:,}", "one wins, none corrupts"],
+        ["broken and malicious files", f"{files:,}", "each refused with one line"],
+        ["fuzzed inputs of every reader", f"{fuzzed:,}", "no traceback, no hang"],
+        *(
+            [
+                f"{s['backend']} calls with random strategies",
+                f"{s['calls']:,}",
+                f"{s['leaked_bytes']:,} bytes leaked, the same bytes in all of {s['same_bytes']} repeats",
+            ]
+            for s in record["soak"]
+        ),
+    ]
+    return "\n\n".join([table(["what", "times", "result"], lines), machine_line(record)])
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in sorted(found.items()))
+
+
+def readme_blocks(record: Record) -> dict[Path, str]:
+    """What stands between the markers of which README."""
+    return {ROOT / "README.md": summary(record), ROOT / "benchmarks" / "README.md": details(record)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
