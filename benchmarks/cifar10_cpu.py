@@ -40,7 +40,7 @@ from ddsm_engine.backends import open_engine
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import MANIFEST, Bundle, Variant
 from ddsm_engine.cli import guarded
-from ddsm_engine.cost import gflops
+from ddsm_engine.cost import gflops, theoretical_speedup
 from ddsm_engine.errors import BackendError, BundleError, OutputError
 from ddsm_engine.measure.environment import environment
 from ddsm_engine.measure.peak import matmul_peak_gflops
@@ -432,13 +432,13 @@ def _honest(bundle: Bundle, plan: Plan, full_s: float, strategy_s: float, calls:
         peak_gflops: Measured GFLOP/s of a matrix product.
     """
     full, own = bundle.full, [bundle.variants[variant] for variant in plan.variants]
-    theoretical = full.macs * len(own) / sum(variant.macs for variant in own)
+    theoretical = theoretical_speedup(full.macs, [variant.macs for variant in own])
     return {
         "calls": len(own),
         "full_s": full_s * calls / len(own),
         "strategy_s": strategy_s * calls / len(own),
         "theoretical": theoretical,
-        "theoretical_conv_linear": full.conv_linear_macs * len(own) / sum(v.conv_linear_macs for v in own),
+        "theoretical_conv_linear": theoretical_speedup(full.conv_linear_macs, [v.conv_linear_macs for v in own]),
         "realised": full_s / strategy_s,
         "r": full_s / strategy_s / theoretical,
         "mfu": gflops(full.macs) * len(own) / full_s / peak_gflops,

@@ -9,13 +9,12 @@ run here in large. A part is written when it ends; the same command goes on wher
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, Final
 
 from benchmarks import _report
@@ -24,6 +23,7 @@ from ddsm_engine.backends import installed_backends
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.measure.environment import environment
+from tests.robustness import processes
 
 NAME: Final = "robustness"
 ROOT: Final = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def call(module: str, *arguments: object) -> Any:  # noqa: ANN401 - the module's
 
 def count_hostile() -> Record:
     """Let the suite feed every hostile file to its command."""
-    done = _run("pytest", "-q", "tests/hostile/test_corpus.py")
+    done = _run("pytest", "-q", "-n", "0", "tests/hostile/test_corpus.py")
     from tests.hostile.corpus import CASES
 
     commands = [case.command for case in CASES]
@@ -115,11 +115,8 @@ def fuzz(reader: str, seconds: str, folder: Path) -> Record:
     return {"executions": int(found[1]) if found else 0, "seconds": int(seconds)}
 
 
-def _run(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def _run(module: str, *arguments: object) -> "CompletedProcess[str]":
+    done = processes.run("-m", module, *arguments)
     if done.returncode != 0:
         raise OutputError(f"{module} found something: {(done.stderr or done.stdout)[-800:]}")
     return done

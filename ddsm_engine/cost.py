@@ -7,7 +7,7 @@
 GFLOPs are 2 x MACs / 1e9 in all three.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,3 +38,8 @@ class Cost:
 def gflops(macs: float) -> float:
     """GFLOPs of a number of multiply-accumulates: two operations each."""
     return 2 * macs / 1e9
+
+
+def theoretical_speedup(full: float, costs: Sequence[float]) -> float:
+    """Cost of always the full width over the mean cost of the calls that were made."""
+    return full * len(costs) / sum(costs)

@@ -76,21 +76,29 @@ def _make_locked_sibling(target: Path) -> tuple[Path, int]:
         sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent))
         # Between its making and its locking, another process may take it for a dead one's and delete it.
         with suppress(FileNotFoundError):
-            lock = _lock(sibling, fcntl.LOCK_EX)
+            lock = os.open(sibling, os.O_RDONLY)
+            _try_lock(lock, fcntl.LOCK_EX)
             if sibling.exists():
                 return sibling, lock
             os.close(lock)
 
 
-def _lock(folder: Path, operation: int) -> int:
-    """Lock a folder; the system lets go when the descriptor is closed or the process ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _try_lock(descriptor: int, operation: int) -> bool:
+    """Lock an open folder; the system lets go when it is closed or the process ends, however it ends.
+
+    Returns:
+        False where the file system has no locks: nobody can then tell the living from the dead, and leftovers stay.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
     try:
         fcntl.flock(descriptor, operation)
-    except OSError:
-        os.close(descriptor)
+    except BlockingIOError:
         raise
-    return descriptor
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -100,14 +108,21 @@ def only_one_process(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds it.
     """
-    try:
-        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"{folder} is in use by another process; wait for it, or choose another") from error
-    try:
+    with _opened(folder) as lock:
+        try:
+            _try_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{folder} is in use by another process; wait for it, or choose another") from error
         yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
@@ -120,15 +135,13 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
         written = sibling.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
         if name not in (None, written):
             continue
-        with suppress(FileNotFoundError):  # another process cleared it first
-            try:
-                lock = _lock(sibling, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # its process is alive
+        # Its process is alive, or another one cleared it first.
+        with suppress(BlockingIOError, FileNotFoundError), _opened(sibling) as lock:
+            if not _try_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                continue
             if (sibling / _ASIDE).exists() and not _is_there(folder / written):
                 os.replace(sibling / _ASIDE, folder / written)
             shutil.rmtree(sibling)
-            os.close(lock)
 
 
 def _put_in_place(temporary: Path, target: Path, *, replace: bool) -> None:
@@ -205,11 +218,8 @@ def _tree(path: Path) -> list[Path]:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def refuse_existing(path: Path, *, force: bool, marker: str | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cli import guarded
-from ddsm_engine.cost import PUBLISHED_CIFAR10_MMACS, gflops
+from ddsm_engine.cost import PUBLISHED_CIFAR10_MMACS, gflops, theoretical_speedup
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.strategy import Strategy, spell
 
@@ -81,6 +81,6 @@ def describe_strategy(strategy: Strategy, bundle: Bundle | None) -> str:
             average = sum(costs) / len(costs)
             lines.append(
                 f"average GFLOPs ({name}): {gflops(average):.3f}, {100 * (1 - average / full):.1f} % fewer than "
-                f"the full width's {gflops(full):.3f}: {full / average:.2f}x expected speed-up"
+                f"the full width's {gflops(full):.3f}: {theoretical_speedup(full, costs):.2f}x expected speed-up"
             )
     return "\n".join(lines)

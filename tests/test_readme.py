@@ -1,5 +1,6 @@
 """Every command of the README is executed; the two that install are run by ``.ci/run``."""
 
+import os
 import re
 import subprocess
 import sys
@@ -46,7 +47,10 @@ def run(command: str, folder: Path) -> str:
     """Run one line of the README where its files are, with the environment's own commands."""
     first, *rest = command.split()
     program = [sys.executable] if first == "python" else [str(Path(sys.executable).with_name(first))]
-    done = subprocess.run([*program, *rest], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*program, *rest], cwd=folder, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # torch's second thread only waits where other tests run, too
+    )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
 

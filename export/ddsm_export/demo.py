@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddsm_engine.cli import guarded
-from ddsm_engine.cost import gflops
+from ddsm_engine.cost import gflops, theoretical_speedup
 from ddsm_engine.files import atomic_path, refuse_existing
 from ddsm_engine.images import grid, save_png
 from ddsm_engine.measure.environment import environment
@@ -124,7 +124,7 @@ def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Resu
         )
     macs = {row.variant.id: row.variant.macs for row in rows}
     full_row = max(rows, key=lambda row: row.variant.macs)
-    theoretical = full_row.variant.macs / float(np.mean([macs[v] for v in plan.variants]))
+    theoretical = theoretical_speedup(full_row.variant.macs, [macs[v] for v in plan.variants])
     seconds = {name: sum(r.trace.latency_ms for r in rounds) / 1e3 for name, rounds in results.items()}
     images = sum(len(result.images) for result in results["full"])
     realised = seconds["full"] / seconds["coarse"]

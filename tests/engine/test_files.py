@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -135,19 +137,33 @@ def test_a_folder_that_was_moved_aside_by_a_killed_process_gets_its_name_back(tm
 def test_a_temporary_folder_taken_for_a_dead_one_s_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = files._lock
+    lock = files._try_lock
     stolen: list[Path] = []
 
-    def late(folder: Path, operation: int) -> int:
+    def late(descriptor: int, operation: int) -> bool:
         if not stolen:
-            stolen.append(folder)
-            folder.rmdir()
-        return lock(folder, operation)
+            stolen.extend(tmp_path.glob(f".*{SUFFIX}"))
+            stolen[0].rmdir()
+        return lock(descriptor, operation)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(files, "_try_lock", late)
     write_atomically(tmp_path / "file", b"x")
     assert (tmp_path / "file").read_bytes() == b"x"
     assert stolen
+
+
+def test_a_file_system_without_locks_is_written_and_its_leftovers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / f".file.x1y2z3{SUFFIX}").mkdir()
+    with only_one_process(tmp_path):
+        write_atomically(tmp_path / "file", b"x")
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == [f".file.x1y2z3{SUFFIX}", "file"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -284,6 +285,17 @@ def test_two_threads_on_one_pipeline_are_refused(pipe: Pipeline) -> None:
     pipe("coarse", "ddim", 1, callback=intrude)
     assert len(refusals) == 1
     assert "one Pipeline per thread" in refusals[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_pipeline_per_thread_draws_what_it_draws_alone(bundle: Bundle, backend: str) -> None:
+    def draw(seed: int) -> bytes:
+        with Pipeline.from_bundle(bundle.path, backend=backend, precision="fp32", threads=1) as own:
+            return own("coarse", "ddim", 20, num_images=2, seed=seed, clip_sample=1.0).x_final.tobytes()
+
+    alone = [draw(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(draw, range(4))) == alone
 
 
 @pytest.mark.parametrize(
