@@ -29,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
     arguments = p.parse_args(argv)
-    options = EngineOptions(precision=arguments.precision, threads=arguments.threads)
-    return guarded(lambda: build(Bundle.open(arguments.bundle), arguments.batch_size, options))
+
+    def command() -> None:
+        options = EngineOptions(precision=arguments.precision, threads=arguments.threads)
+        build(Bundle.open(arguments.bundle), arguments.batch_size, options)
+
+    return guarded(command)
 
 
 def build(bundle: Bundle, batch: int, options: EngineOptions) -> None:

@@ -125,7 +125,7 @@ class Manifest:
             "provenance": dict(self.provenance),
         }
         body = json.loads(json.dumps(body))  # tuples become lists, as the checksum will see them again
-        return {**body, "checksum": _checksum(body)}
+        return {**body, "checksum": checksum_of(body)}
 
     @property
     def checksum(self) -> str:
@@ -148,7 +148,7 @@ class Manifest:
                 f"ddsm-engine, or export the bundle again"
             )
         body = {name: value for name, value in data.items() if name != "checksum"}
-        if data.get("checksum") != _checksum(body):
+        if data.get("checksum") != checksum_of(body):
             raise BundleError(f"{origin} was changed after it was written (its checksum disagrees); export it again")
         kind = body.get("family"), body.get("prediction_type")
         if kind != (FAMILY, "epsilon"):
@@ -226,8 +226,9 @@ def _signature(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) 
     return " → ".join(sides)
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def checksum_of(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, written with sorted keys and no spaces; hexadecimal."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _variant(entry: object) -> Variant:

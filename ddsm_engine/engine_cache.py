@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddsm_engine.bundle import Bundle, Variant
+from ddsm_engine.bundle import Bundle, Variant, checksum_of
 from ddsm_engine.errors import BackendError, OutputError
 from ddsm_engine.files import SUFFIX, atomic_path, clear_leftovers
 from ddsm_engine.untrusted import parse_json, read_bytes
@@ -55,7 +55,7 @@ class EngineCache:
     @property
     def folders(self) -> tuple[Path, ...]:
         """Where the engines may lie: in the bundle, then in the user's cache folder."""
-        name = f"{self.target['backend']}-{_digest(self.target)[:12]}"
+        name = f"{self.target['backend']}-{checksum_of(self.target)[:12]}"
         checksum = self.bundle.manifest.checksum[:32]
         return self.bundle.path / ENGINES / name, user_cache_folder() / ENGINES / checksum / name
 
@@ -149,16 +149,8 @@ def engines_of(bundle: Bundle) -> Iterator[Path]:
         yield from sorted(path for path in root.glob("*/*") if path.is_dir() and not path.name.endswith(SUFFIX))
 
 
-def _digest(facts: Mapping[str, object]) -> str:
-    return hashlib.sha256(_canonical(facts)).hexdigest()
-
-
-def _canonical(facts: Mapping[str, object]) -> bytes:
-    return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
-
-
 def _seal(subject: Mapping[str, object], key: bytes) -> str:
-    return hmac.new(key, _canonical(subject), hashlib.sha256).hexdigest()
+    return hmac.new(key, checksum_of(subject).encode(), hashlib.sha256).hexdigest()
 
 
 def _own_key(*, make: bool) -> bytes:

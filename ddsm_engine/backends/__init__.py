@@ -4,7 +4,7 @@ import importlib.util
 
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
-from ddsm_engine.engine_cache import EngineCache
+from ddsm_engine.engine_cache import EngineCache, Target
 from ddsm_engine.errors import BackendError
 
 BACKENDS = ("openvino", "onnxruntime", "torch")
@@ -39,6 +39,22 @@ def choose_backend(name: str, device: str) -> str:
     if name not in installed_backends():
         raise BackendError(f"the backend {name} is not installed: {INSTALL[name]}")
     return name
+
+
+def engine_target(name: str, options: EngineOptions, batch: int) -> Target:
+    """Everything beside the variant that an engine of ``open_engine`` depends on, and with it how long it takes.
+
+    Raises:
+        BackendError: the backend, device or precision is not there.
+    """
+    match choose_backend(name, options.device):
+        case "openvino":
+            from ddsm_engine.backends.openvino import target
+        case "onnxruntime":
+            from ddsm_engine.backends.onnxruntime import target
+        case _:
+            from ddsm_engine.backends.torch import target
+    return target(options, batch)
 
 
 def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions) -> Engine:

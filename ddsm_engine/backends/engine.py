@@ -6,7 +6,11 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from ddsm_engine.errors import BackendError
+
 Precision = Literal["auto", "fp32", "bf16"]
+
+MAX_THREADS = 1024
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -24,6 +28,11 @@ class EngineOptions:
     device: str = "cpu"
     precision: Precision = "auto"
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a number of threads that a library would answer with words of its own."""
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise BackendError(f"expected 0 to {MAX_THREADS} threads, found {self.threads}")
 
 
 class Engine(Protocol):

@@ -12,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ddsm_engine.backends.engine import Arrays, EngineOptions
 from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.environment import cores, cpu
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -27,10 +28,32 @@ LOAD_ERRORS = (
 )
 
 
+def resolve_precision(options: EngineOptions) -> str:
+    """What an engine with these options computes in.
+
+    Raises:
+        BackendError: the precision is not there.
+    """
+    if options.precision == "bf16":
+        raise BackendError("ONNX Runtime has no bf16 arithmetic here; use --precision fp32 or --backend openvino")
+    return "fp32"
+
+
+def target(options: EngineOptions, batch: int) -> dict[str, str | int]:
+    """Everything beside the model that the time of a call depends on."""
+    return {
+        "backend": "onnxruntime",
+        "version": ort.__version__,
+        "device": cpu()[0] if options.device == "cpu" else options.device,
+        "cores": cores(),
+        "threads": options.threads,
+        "precision": resolve_precision(options),
+        "batch": batch,
+    }
+
+
 class OnnxRuntimeEngine:
     """One ONNX file in one session, reading and writing bound host buffers."""
-
-    precision = "fp32"
 
     def __init__(self, model: Path, options: EngineOptions) -> None:
         """Open a session.
@@ -38,8 +61,7 @@ class OnnxRuntimeEngine:
         Raises:
             BackendError: the device is not there, the file does not load, or the precision is not offered.
         """
-        if options.precision == "bf16":
-            raise BackendError("ONNX Runtime has no bf16 arithmetic here; use --precision fp32 or --backend openvino")
+        self.precision = resolve_precision(options)
         provider = PROVIDERS.get(options.device)
         if provider is None or provider not in ort.get_available_providers():
             raise BackendError(

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 
 from ddsm_engine.backends.engine import Arrays, EngineOptions
 from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.environment import cores, cpu
 from ddsm_engine.networks.slicing import empty_unet, subnetwork
 from ddsm_engine.networks.unet import UNet
 from ddsm_engine.spec import UNetSpec
@@ -31,10 +32,32 @@ def network_from_weights(weights: Path, spec: UNetSpec, width: int) -> UNet:
         raise BackendError(f"{weights} cannot be read as this supernet's weights: {error}") from error
 
 
+def resolve_precision(options: EngineOptions) -> str:
+    """What an engine with these options computes in.
+
+    Raises:
+        BackendError: the precision is not there.
+    """
+    if options.precision == "bf16":
+        raise BackendError("the torch backend is the fp32 reference; use --backend openvino for bf16")
+    return "fp32"
+
+
+def target(options: EngineOptions, batch: int) -> dict[str, str | int]:
+    """Everything beside the model that the time of a call depends on."""
+    return {
+        "backend": "torch",
+        "version": str(torch.__version__),
+        "device": cpu()[0] if options.device == "cpu" else options.device,
+        "cores": cores(),
+        "threads": options.threads,
+        "precision": resolve_precision(options),
+        "batch": batch,
+    }
+
+
 class TorchEngine:
     """One static sub-network, eager, in fp32."""
-
-    precision = "fp32"
 
     def __init__(self, network: UNet, options: EngineOptions) -> None:
         """Take over a sub-network.
@@ -42,8 +65,7 @@ class TorchEngine:
         Raises:
             BackendError: the device or precision is not there.
         """
-        if options.precision == "bf16":
-            raise BackendError("the torch backend is the fp32 reference; use --backend openvino for bf16")
+        self.precision = resolve_precision(options)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BackendError("torch sees no CUDA device here; use --device cpu")
         if options.device not in ("cpu", "cuda"):

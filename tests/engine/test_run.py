@@ -195,6 +195,8 @@ def test_the_umbrella_command_runs_the_same(here: Path, capsys: pytest.CaptureFi
         (["--batch-size", "0"], "at least one image"),
         (["--seed", "-1"], "a seed is"),
         (["--device", "cuda"], "no device 'cuda'"),
+        (["--threads", "-1"], "expected 0 to 1024 threads"),
+        (["--threads", str(1 << 40)], "expected 0 to 1024 threads"),
         (["--precision", "bf16"], "no bf16 arithmetic"),
         (["--precision", "bf16", "-o", "folder"], "no bf16 arithmetic"),
         (["--backend", "openvino", "--device", "cuda"], "runs on the CPU"),

@@ -1,0 +1,185 @@
+"""``ddsm bench BUNDLE``: how long does each variant take here, and how near to this machine's best is it?"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ddsm_engine.backends import BACKENDS, choose_backend, engine_target, installed_backends
+from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.bundle import Bundle
+from ddsm_engine.cli import guarded
+from ddsm_engine.cost import gflops
+from ddsm_engine.engine_cache import Target
+from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.environment import environment
+from ddsm_engine.measure.latency import LatencyRow, measure_latency
+from ddsm_engine.measure.latency_table import LatencyTable, check_writable, save_latency
+from ddsm_engine.measure.peak import matmul_peak_gflops
+from ddsm_engine.pipeline import DEFAULT_BATCH
+
+REFERENCE = "torch"
+"""What others are compared with, eager and slow: timed only when asked for."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``bench``."""
+    p = argparse.ArgumentParser(
+        prog="ddsm bench",
+        description="Time every variant, in turns, and compare it with its cost and with this machine's peak.",
+    )
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--backend", choices=("auto", *BACKENDS), help=f"default: every one installed but {REFERENCE}")
+    p.add_argument(
+        "--batch-size", default=f"1,{DEFAULT_BATCH}", metavar="N,…", help=f"images per call (default 1,{DEFAULT_BATCH})"
+    )
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
+    p.add_argument("--repeats", type=int, default=30, help="timed calls of each variant, at most (default 30)")
+    p.add_argument("--save", action="store_true", help="keep the tables in the bundle, where a search finds them")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    return guarded(lambda: bench(arguments))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Time every variant for every target; a table is printed, and kept where asked to, as soon as it is measured.
+
+    Raises:
+        BackendError: nothing installed that could run, or a variant that fails.
+        BundleError: no bundle, or a damaged one.
+        OutputError: the tables are to be kept, and cannot be.
+    """
+    say: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
+    if arguments.repeats < 1:
+        raise BackendError(f"a timing takes at least one repeat, found --repeats {arguments.repeats}")
+    bundle = Bundle.open(arguments.bundle)
+    options = EngineOptions(precision=arguments.precision, threads=arguments.threads)
+    targets = choose_targets(arguments.backend, batch_sizes(arguments.batch_size), options)
+    if arguments.save:
+        for target in targets:
+            check_writable(bundle, target)
+    here = environment()
+    say(f"{bundle.path} on {here['cpu']}, {here['cores']} cores")
+    peaks: dict[str, float] = {}
+    measured: list[dict[str, Any]] = []
+    for target in targets:
+        backend, precision, batch = str(target["backend"]), str(target["precision"]), int(target["batch"])
+        rows = measure_latency(bundle, bundle.manifest.variants, backend, batch, options, repeats=arguments.repeats)
+        if precision not in peaks:
+            peaks[precision] = matmul_peak_gflops(precision, options.threads)
+        table = LatencyTable(target, here, peaks[precision], {row.variant.id: row.timing for row in rows})
+        say(spell_table(bundle, table, rows))
+        file = save_latency(bundle, table) if arguments.save else None
+        if file:
+            say(f"kept in {file}")
+        measured.append(_table_to_json(table, rows) | {"file": str(file) if file else None})
+    if arguments.json:
+        print(json.dumps({"bundle": str(bundle.path), "environment": here, "tables": measured}, indent=1))
+
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Read ``1,8,16``; each counts once.
+
+    Raises:
+        BackendError: not positive whole numbers.
+    """
+    try:
+        sizes = tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise BackendError(f"expected whole numbers of at least 1, separated by commas, found --batch-size {text[:60]}")
+    return sizes
+
+
+def choose_targets(backend: str | None, batches: Sequence[int], options: EngineOptions) -> list[Target]:
+    """What is timed: every batch size on the backend asked for, or on every one installed here but the reference.
+
+    A backend that was not asked for by name and has not the precision is left out, which one line on stderr says.
+
+    Raises:
+        BackendError: a backend or a precision that is not here.
+    """
+    if backend:
+        name = choose_backend(backend, options.device)
+        return [engine_target(name, options, batch) for batch in batches]
+    targets: list[Target] = []
+    for name in installed_backends():
+        if name == REFERENCE:
+            continue
+        try:
+            targets += [engine_target(name, options, batch) for batch in batches]
+        except BackendError as error:
+            print(f"leaving out {name}: {error}", file=sys.stderr)
+    if not targets:
+        raise BackendError(f"no backend here computes in {options.precision}; `ddsm doctor` says what is missing")
+    return targets
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+HEADER = (
+    f"{'variant':8} {'width':>10} {'GFLOPs':>9} {'ms a call':>10} {'(p20–p80)':>19} {'ms an image':>11} {'GFLOP/s':>9} "
+    f"{'MFU':>7} {'expected':>9} {'measured':>9}"
+)
+
+
+def spell_table(bundle: Bundle, table: LatencyTable, rows: Sequence[LatencyRow]) -> str:
+    """One target's table: what each variant takes, and what it should take by its true GFLOPs."""
+    target, label = table.target, bundle.manifest.spec.label
+    version, threads = str(target["version"]).partition("-")[0], target["threads"] or "the backend's choice"
+    lines = [
+        f"\n{target['backend']} {version}, {target['precision']}, batch {target['batch']}, threads: {threads}",
+        HEADER,
+    ]
+    for row in rows:
+        spread = f"({row.timing.p20_ms:.2f}–{row.timing.p80_ms:.2f})"
+        lines.append(
+            f"{row.variant.id:8} {label(row.variant.width):>10} {gflops(row.variant.macs):9.3f} "
+            f"{row.timing.median_ms:10.2f} {spread:>19} {row.ms_per_image:11.2f} {row.gflops_per_s:9.1f} "
+            f"{100 * row.gflops_per_s / table.peak_gflops:5.1f} % {row.expected_speedup:8.2f}x "
+            f"{row.measured_speedup:8.2f}x"
+        )
+    lines.append(
+        f"MFU is the share of this machine's measured matrix-product peak, {table.peak_gflops:.1f} GFLOP/s in "
+        f"{target['precision']}; medians of {rows[0].timing.repeats} calls in turns"
+    )
+    return "\n".join(lines)
+
+
+def _table_to_json(table: LatencyTable, rows: Sequence[LatencyRow]) -> dict[str, Any]:
+    return {
+        "target": dict(table.target),
+        "peak_gflops": table.peak_gflops,
+        "rows": [
+            {
+                "variant": row.variant.id,
+                "width": row.variant.width,
+                "gflops": gflops(row.variant.macs),
+                **asdict(row.timing),
+                "ms_per_image": row.ms_per_image,
+                "gflops_per_s": row.gflops_per_s,
+                "mfu": row.gflops_per_s / table.peak_gflops,
+                "expected_speedup": row.expected_speedup,
+                "measured_speedup": row.measured_speedup,
+            }
+            for row in rows
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
