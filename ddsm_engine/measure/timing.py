@@ -1,10 +1,11 @@
 """The timing protocol: warm up, take turns, quote the median with its spread."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,10 @@ def time_in_turns(
             before = time.perf_counter_ns()
             call()
             samples[name].append((time.perf_counter_ns() - before) / 1e6)
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summarise(values) for name, values in samples.items()}
 
 
-def _summary(values: list[float]) -> Timing:
-    p20, median, p80 = np.percentile(values, (20, 50, 80))
-    return Timing(float(median), float(p20), float(p80), len(values))
+def summarise(samples_ms: Sequence[float] | NDArray[np.float64]) -> Timing:
+    """Median and spread of milliseconds."""
+    p20, median, p80 = np.percentile(samples_ms, (20, 50, 80))
+    return Timing(float(median), float(p20), float(p80), len(samples_ms))

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _report, cifar10_cpu, robustness
+from benchmarks import _report, cifar10_cpu, robustness, swap_cost
 
 ROOT = Path(__file__).parents[2]
 BLOCKS: dict[str, Callable[[_report.Record], Mapping[Path, str]]] = {
     cifar10_cpu.NAME: cifar10_cpu.readme_blocks,
     robustness.NAME: robustness.readme_blocks,
+    swap_cost.NAME: swap_cost.readme_blocks,
 }
 
 

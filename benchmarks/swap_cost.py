@@ -1,0 +1,160 @@
+"""What does changing the variant cost, beyond a step that does not change it?
+
+    python -m benchmarks.swap_cost --bundle cifar10.bundle
+
+Every engine is open and bound to the same buffers, so a swap itself does nothing; what it can cost is cache: the other
+variant's weights and activations have pushed this one's out. Two variants alternate in runs of three calls, in the loop
+that draws images; the first call of a run is compared with the last one.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from benchmarks import _report
+from benchmarks._report import Record, machine_line, table
+from benchmarks.cifar10_cpu import cifar10_bundle
+from ddsm_engine.backends import installed_backends, open_engine
+from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.bundle import Bundle, Variant
+from ddsm_engine.cli import guarded
+from ddsm_engine.errors import OutputError
+from ddsm_engine.measure.environment import environment
+from ddsm_engine.measure.timing import summarise
+from ddsm_engine.noise import SeededNoise
+from ddsm_engine.plan import plan_calls
+from ddsm_engine.sampler import ddim
+from ddsm_engine.scheduler import Scheduler
+
+NAME: Final = "swap_cost"
+ROOT: Final = Path(__file__).parents[1]
+EIGHTHS: Final = (2, 4, 6, 8)
+RUN: Final = 3
+"""Calls of one variant before the other's turn."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.swap_cost", description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--bundle", type=Path, help="folder to reuse, or to leave it in (default: temporary)")
+    p.add_argument("--batch-size", type=int, default=1)
+    p.add_argument("--rounds", type=int, default=20, help="swaps in either direction, after one that is not counted")
+    p.add_argument("--machine", help="a short name for the processor")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)")
+    where.add_argument("--update-readme", type=Path, metavar="FILE", help="only rewrite the table from this result")
+    arguments = p.parse_args(argv)
+    if arguments.update_readme is not None:
+        return guarded(lambda: _report.update_readmes(NAME, readme_blocks(_report.load(arguments.update_readme, NAME))))
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every pair on every backend installed but the eager reference.
+
+    Raises:
+        OutputError: the result exists already.
+    """
+    where = environment()
+    machine = arguments.machine or _report.machine_name(where["cpu"], where["cores"])
+    record: Record = {"benchmark": NAME, "machine": machine, "environment": where, "batch": arguments.batch_size}
+    path = arguments.output or _report.path_of(record)
+    if path.exists():
+        raise OutputError(f"{path} exists already; choose another --output")
+    record["backends"] = {}
+    with cifar10_bundle(arguments.bundle, EIGHTHS) as bundle:
+        for backend in installed_backends():
+            if backend != "torch":
+                record["backends"][backend] = measure(bundle, backend, arguments.batch_size, arguments.rounds)
+    _report.save(record, path, details(record))
+    print(f"{details(record)}\n\nwritten: {path} and its Markdown twin")
+
+
+def measure(bundle: Bundle, backend: str, batch: int, rounds: int) -> Record:
+    """Let every two of the widths alternate; both directions come from one plan.
+
+    Raises:
+        BackendError: a state that is not finite, which no image would be either.
+    """
+    spec, options = bundle.manifest.spec, EngineOptions()
+    chosen = [v for v in bundle.manifest.variants if Fraction(8 * v.width, spec.base_channels) in EIGHTHS]
+    scheduler = Scheduler((batch, *spec.sample_shape), spec.time_features)
+    try:
+        for variant in chosen:
+            scheduler.add(variant.id, open_engine(backend, bundle, variant, batch, options))
+        pairs = [
+            pair
+            for one, other in itertools.combinations(chosen, 2)
+            for pair in alternate(bundle, scheduler, one, other, rounds)
+        ]
+        precision = scheduler.engines[chosen[0].id].precision
+    finally:
+        scheduler.close()
+    return {"precision": precision, "pairs": pairs}
+
+
+def alternate(bundle: Bundle, scheduler: Scheduler, one: Variant, other: Variant, rounds: int) -> list[Record]:
+    """Time the loop on ``one`` × 3, ``other`` × 3, ``one`` × 3 …: what the first and the last call of a run take."""
+    runs = [one, other] * (rounds + 1)
+    calls = [variant.id for variant in runs for _ in range(RUN)]
+    # The predicted clean image is clipped, so that random weights stay finite.
+    sampler = ddim(bundle.manifest.noise_schedule, len(calls), clip_sample=1.0)
+    plan = plan_calls(calls, sampler, bundle.time_table())
+    clock = scheduler.run(plan, SeededNoise(0).starting_at(0))
+    took_ms = ((clock[:, 1] - clock[:, 0]) / 1e6).reshape(len(runs), RUN)
+    gap_ms = np.append(0.0, (clock[1:, 0] - clock[:-1, 1]) / 1e6).reshape(len(runs), RUN)
+    return [
+        {
+            "from": before.id,
+            "to": after.id,
+            "width": bundle.manifest.spec.label(after.width),
+            "from_width": bundle.manifest.spec.label(before.width),
+            "first": asdict(summarise(took_ms[own, 0])),
+            "inside": asdict(summarise(took_ms[own, -1])),
+            "gap_first": asdict(summarise(gap_ms[own, 0])),
+            "gap_inside": asdict(summarise(gap_ms[own, -1])),
+        }
+        # The first run of each is the warm-up.
+        for own, before, after in ((slice(2, None, 2), other, one), (slice(3, None, 2), one, other))
+    ]
+
+
+def details(record: Record) -> str:
+    """A table per backend, as Markdown without a heading."""
+    parts = []
+    for backend, found in record["backends"].items():
+        lines = [
+            [
+                f"{pair['from_width']} → {pair['width']}", _spread(pair["inside"]), _spread(pair["first"]),
+                f"{_extra_ms(pair):+.2f}", f"{100 * _extra_ms(pair) / pair['inside']['median_ms']:+.0f} %",
+                f"{1e3 * pair['gap_inside']['median_ms']:.0f} → {1e3 * pair['gap_first']['median_ms']:.0f}",
+            ]
+            for pair in found["pairs"]
+        ]  # fmt: skip
+        head = ["swap", "call inside a run, ms", "first call after the swap, ms", "extra, ms", "extra", "host gap, µs"]
+        parts += [f"{backend} {found['precision']}, batch {record['batch']}", table(head, lines)]
+    return "\n\n".join([*parts, machine_line(record)])
+
+
+def _extra_ms(pair: Mapping[str, Mapping[str, float]]) -> float:
+    return pair["first"]["median_ms"] - pair["inside"]["median_ms"]
+
+
+def _spread(timing: Mapping[str, float]) -> str:
+    return f"{timing['median_ms']:.2f} ({timing['p20_ms']:.2f} to {timing['p80_ms']:.2f})"
+
+
+def readme_blocks(record: Record) -> dict[Path, str]:
+    """What stands between the markers of which README."""
+    return {ROOT / "benchmarks" / "README.md": details(record)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
