@@ -1,13 +1,16 @@
 """From a result to what people read, for every benchmark: JSON, its Markdown twin, the marked blocks of the READMEs."""
 
+import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import clear_leftovers, write_atomically
+from ddsm_engine.measure.environment import environment
 
 Record = dict[str, Any]
 
@@ -36,6 +39,34 @@ def load(path: Path, benchmark: str) -> Record:
     if not isinstance(record, dict) or record.get("benchmark") != benchmark:
         raise OutputError(f"{path} is not a result of benchmarks.{benchmark}")
     return record
+
+
+def command(
+    name: str,
+    p: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    readme_blocks: Callable[[Record], Mapping[Path, str]],
+    argv: Sequence[str] | None,
+) -> int:
+    """A benchmark's command: its own options and the ones that all have; returns the exit code."""
+    p.add_argument("--machine", help="a short name for the processor")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)")
+    where.add_argument("--update-readme", type=Path, metavar="FILE", help="only rewrite the tables from this result")
+    arguments = p.parse_args(argv)
+    if arguments.update_readme is not None:
+        return guarded(lambda: update_readmes(name, readme_blocks(load(arguments.update_readme, name))))
+    return guarded(lambda: run(arguments))
+
+
+def new_record(name: str, machine: str | None) -> Record:
+    """A result that holds nothing yet but where it is measured."""
+    where = environment()
+    return {
+        "benchmark": name,
+        "machine": machine or machine_name(where["cpu"], where["cores"]),
+        "environment": where,
+    }
 
 
 def update_readmes(name: str, blocks: Mapping[Path, str]) -> None:

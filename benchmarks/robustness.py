@@ -20,9 +20,7 @@ from typing import Any, Final
 from benchmarks import _report
 from benchmarks._report import Record, machine_line, table
 from ddsm_engine.backends import installed_backends
-from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
-from ddsm_engine.measure.environment import environment
 from tests.robustness import processes
 
 NAME: Final = "robustness"
@@ -38,14 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--races", type=int, default=90)
     p.add_argument("--calls", type=int, default=100_000, help="engine calls of each backend's soak")
     p.add_argument("--fuzz-seconds", type=int, default=60, help="per reader; needs atheris: pip install -e '.[fuzz]'")
-    p.add_argument("--machine", help="a short name for the processor")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)")
-    where.add_argument("--update-readme", type=Path, metavar="FILE", help="only rewrite the tables from this result")
-    arguments = p.parse_args(argv)
-    if arguments.update_readme is not None:
-        return guarded(lambda: _report.update_readmes(NAME, readme_blocks(_report.load(arguments.update_readme, NAME))))
-    return guarded(lambda: run(arguments))
+    return _report.command(NAME, p, run, readme_blocks, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -54,9 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         OutputError: a part broke something.
     """
-    where = environment()
-    machine = arguments.machine or _report.machine_name(where["cpu"], where["cores"])
-    record: Record = {"benchmark": NAME, "machine": machine, "environment": where}
+    record = _report.new_record(NAME, arguments.machine)
     path = arguments.output or _report.path_of(record)
     if path.exists():
         record = _report.load(path, NAME)

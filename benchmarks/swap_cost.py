@@ -24,9 +24,7 @@ from benchmarks.cifar10_cpu import cifar10_bundle
 from ddsm_engine.backends import installed_backends, open_engine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
-from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
-from ddsm_engine.measure.environment import environment
 from ddsm_engine.measure.timing import summarise
 from ddsm_engine.noise import SeededNoise
 from ddsm_engine.plan import plan_calls
@@ -46,14 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--bundle", type=Path, help="folder to reuse, or to leave it in (default: temporary)")
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--rounds", type=int, default=20, help="swaps in either direction, after one that is not counted")
-    p.add_argument("--machine", help="a short name for the processor")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)")
-    where.add_argument("--update-readme", type=Path, metavar="FILE", help="only rewrite the table from this result")
-    arguments = p.parse_args(argv)
-    if arguments.update_readme is not None:
-        return guarded(lambda: _report.update_readmes(NAME, readme_blocks(_report.load(arguments.update_readme, NAME))))
-    return guarded(lambda: run(arguments))
+    return _report.command(NAME, p, run, readme_blocks, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,9 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         OutputError: the result exists already.
     """
-    where = environment()
-    machine = arguments.machine or _report.machine_name(where["cpu"], where["cores"])
-    record: Record = {"benchmark": NAME, "machine": machine, "environment": where, "batch": arguments.batch_size}
+    record = _report.new_record(NAME, arguments.machine) | {"batch": arguments.batch_size}
     path = arguments.output or _report.path_of(record)
     if path.exists():
         raise OutputError(f"{path} exists already; choose another --output")

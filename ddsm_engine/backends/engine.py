@@ -6,7 +6,9 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.environment import cores, cpu
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -54,3 +56,16 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release everything; the engine cannot be used again."""
         ...
+
+
+def describe_target(backend: str, version: str, precision: str, options: EngineOptions, batch: int) -> Target:
+    """Everything beside the model that the time of a call depends on."""
+    return {
+        "backend": backend,
+        "version": version,
+        "device": cpu()[0] if options.device == "cpu" else options.device,
+        "cores": cores(),
+        "threads": options.threads,
+        "precision": precision,
+        "batch": batch,
+    }

@@ -10,9 +10,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from ddsm_engine.backends.engine import Arrays, EngineOptions
+from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
-from ddsm_engine.measure.environment import cores, cpu
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -39,17 +39,9 @@ def resolve_precision(options: EngineOptions) -> str:
     return "fp32"
 
 
-def target(options: EngineOptions, batch: int) -> dict[str, str | int]:
-    """Everything beside the model that the time of a call depends on."""
-    return {
-        "backend": "onnxruntime",
-        "version": ort.__version__,
-        "device": cpu()[0] if options.device == "cpu" else options.device,
-        "cores": cores(),
-        "threads": options.threads,
-        "precision": resolve_precision(options),
-        "batch": batch,
-    }
+def target(options: EngineOptions, batch: int) -> Target:
+    """What an engine with these options depends on beside the model."""
+    return describe_target("onnxruntime", ort.__version__, resolve_precision(options), options, batch)
 
 
 class OnnxRuntimeEngine:

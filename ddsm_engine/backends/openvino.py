@@ -1,13 +1,13 @@
 """OpenVINO: the default on a CPU; computes in bf16 where the CPU has matrix tiles for it."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
-from ddsm_engine.backends.engine import Arrays, EngineOptions
+from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
@@ -39,18 +39,11 @@ def resolve_precision(options: EngineOptions) -> str:
     return options.precision
 
 
-def target(options: EngineOptions, batch: int) -> dict[str, str | int]:
-    """Everything beside the model that a compiled network depends on."""
-    return {
-        "backend": "openvino",
-        "version": ov.__version__,
-        "device": str(core().get_property("CPU", "FULL_DEVICE_NAME")),
-        "capabilities": " ".join(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": options.threads,
-        "precision": resolve_precision(options),
-        "batch": batch,
-    }
+def target(options: EngineOptions, batch: int) -> Target:
+    """What an engine with these options depends on beside the model; a compiled one also on what the CPU can do."""
+    precision = resolve_precision(options)
+    capabilities = " ".join(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return {**describe_target("openvino", ov.__version__, precision, options, batch), "capabilities": capabilities}
 
 
 class OpenVINOEngine:

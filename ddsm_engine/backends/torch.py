@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ddsm_engine.backends.engine import Arrays, EngineOptions
+from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
-from ddsm_engine.measure.environment import cores, cpu
 from ddsm_engine.networks.slicing import empty_unet, subnetwork
 from ddsm_engine.networks.unet import UNet
 from ddsm_engine.spec import UNetSpec
@@ -43,17 +43,9 @@ def resolve_precision(options: EngineOptions) -> str:
     return "fp32"
 
 
-def target(options: EngineOptions, batch: int) -> dict[str, str | int]:
-    """Everything beside the model that the time of a call depends on."""
-    return {
-        "backend": "torch",
-        "version": str(torch.__version__),
-        "device": cpu()[0] if options.device == "cpu" else options.device,
-        "cores": cores(),
-        "threads": options.threads,
-        "precision": resolve_precision(options),
-        "batch": batch,
-    }
+def target(options: EngineOptions, batch: int) -> Target:
+    """What an engine with these options depends on beside the model."""
+    return describe_target("torch", str(torch.__version__), resolve_precision(options), options, batch)
 
 
 class TorchEngine:
