@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddsm_engine.bundle import TIME_TABLE_KEY, Bundle
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec, make_divisible
+from ddsm_engine.untrusted import open_safetensors
 
 PeerPrecision = Literal["fp32", "bf16"]
 
@@ -228,7 +228,8 @@ def dynamic_unet_from_bundle(bundle: Bundle) -> DynamicUNet:
     spec = bundle.manifest.spec
     with torch.device("meta"):
         network = DynamicUNet(spec)
-    weights = {name: tensor for name, tensor in load_file(bundle.weights()).items() if name != TIME_TABLE_KEY}
+    with open_safetensors(bundle.weights(), "pt") as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys() if name != TIME_TABLE_KEY}  # noqa: SIM118
     weights["time.table.weight"] = torch.from_numpy(bundle.time_table()[range(spec.timesteps)])
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(requires_grad=False)

@@ -157,7 +157,7 @@ def summary(record: Record) -> str:
             [
                 f"{s['backend']} calls with random strategies",
                 f"{s['calls']:,}",
-                f"{s['leaked_bytes']:,} bytes leaked, the same bytes in all of {s['same_bytes']} repeats",
+                f"memory grew by {s['leaked_bytes']:,} bytes; the same images in all of {s['same_bytes']} repeats",
             ]
             for s in record["soak"]
         ),
