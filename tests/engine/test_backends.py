@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ddsm_engine.backends import BACKENDS, choose_backend, open_engine
 from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import BackendError
 from tests.conftest import CONFIG, STATE, TINY
@@ -128,3 +129,10 @@ sys.exit(f"imported without being asked: {heavy}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_onnx_runtime_s_threads_stop_when_a_call_ends(bundle: Bundle) -> None:
+    """Or the first call of the next variant shares the cores with them."""
+    engine = OnnxRuntimeEngine(bundle.artefact(bundle.full), FP32)
+    assert engine._session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+    engine.close()
