@@ -133,7 +133,7 @@ def test_every_backend_passes_and_every_tolerance_is_explained(pair: Path, capsy
 def test_half_precision_passes_its_own_tolerance_and_not_that_of_fp32(
     half: Path, tmp_path: Path, capsys: Capture, refusal: Refusal
 ) -> None:
-    rows = verified(capsys, half)["variants"]
+    rows = verified(capsys, half, "--precision", "fp32")["variants"]
     assert {row["parity"]["backend"] for row in rows} == {"openvino", "onnxruntime"}
     for row in rows:
         assert (row["precision"], row["parity"]["tolerance"]) == ("fp16", 1e-2)
@@ -221,7 +221,7 @@ def test_other_weights_are_found_in_every_variant(pair: Path, capsys: Capture) -
     tensors["tail.conv.bias"] += np.float32(1e-3)
     save_file(tensors, pair / WEIGHTS)
     reseal(pair)
-    rows = verified(capsys, pair, code=1)["variants"]
+    rows = verified(capsys, pair, "--precision", "fp32", code=1)["variants"]
     assert len(rows) >= 4
     assert all(row["parity"]["relative_l2"] > row["parity"]["tolerance"] for row in rows)
 
