@@ -5,6 +5,7 @@ The format is specified in ``ddsm_engine/README.md``. A file is hashed when it i
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -413,6 +414,11 @@ class Bundle:
             raise BundleError(f"{file} is damaged: its content is not what the manifest vouches for; export it again")
         return file
 
+    def is_inside(self, file: Path) -> bool:
+        """Whether a path stays in the bundle when its links are followed."""
+        # Not Path.resolve, which fails on links in a circle.
+        return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(self.path))
+
     def _check_inside(self, file: Path) -> None:
-        if not file.resolve().is_relative_to(self.path.resolve()):
+        if not self.is_inside(file):
             raise BundleError(f"{file} is a link that leaves the bundle; do not use it")

@@ -5,7 +5,6 @@ among it. That guards against accidents and mix-ups, not against an author who m
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def check_writable(bundle: Bundle, target: Target) -> None:
         OutputError: the bundle is read-only, or its ``latency`` is a file or leads elsewhere.
     """
     file = latency_file(bundle, target)
-    if not _is_inside(bundle, file):
+    if not bundle.is_inside(file):
         raise OutputError(f"{file} cannot be written: it is a link that leaves the bundle; remove the link")
     refuse_existing(file, force=True)
 
@@ -99,7 +98,7 @@ def load_latency(bundle: Bundle, target: Target) -> LatencyTable:
     )
     if not file.exists():
         raise BundleError(f"{file} is missing: this machine was not measured with these options; {again}")
-    if not _is_inside(bundle, file):
+    if not bundle.is_inside(file):
         raise BundleError(f"{file} is a link that leaves the bundle; do not use it")
     try:
         return _parse(parse_json(read_bytes(file, MAX_TABLE_BYTES)), bundle, target)
@@ -147,8 +146,3 @@ def _positive(name: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_COUNT:
         raise ValueError(f"{name} must be a positive number, found {brief(value)}")
     return float(value)
-
-
-def _is_inside(bundle: Bundle, file: Path) -> bool:
-    # Not Path.resolve, which fails on links in a circle.
-    return Path(os.path.realpath(file)).is_relative_to(bundle.path.resolve())

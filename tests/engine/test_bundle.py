@@ -431,3 +431,9 @@ def test_a_bundle_that_a_kill_left_aside_is_put_back_when_it_is_opened(bundle_pa
     shutil.copytree(bundle_path, tmp_path / f".x.bundle.a1b2c3{SUFFIX}" / "replaced")
     assert Bundle.open(tmp_path / "x.bundle").full.id == "w032"
     assert [path.name for path in tmp_path.iterdir()] == ["x.bundle"]
+
+
+def test_a_strategy_that_is_a_link_to_itself_is_one_line(bundle_path: Path, tmp_path: Path, refusal: Refusal) -> None:
+    bundle = Path(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
+    (bundle / "strategies/loop.yaml").symlink_to("loop.yaml")
+    assert "loop.yaml" in refusal(run.main, "--bundle", bundle, "--strategy", "loop", "-o", tmp_path / "x.png")
