@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from benchmarks import _report
 from benchmarks._report import Record, machine_line, table
-from ddsm_engine.backends import installed_backends
+from ddsm_engine.backends import REFERENCE, installed_backends
 from ddsm_engine.errors import OutputError
 from tests.robustness import processes
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             "soak": lambda: [
                 call("soak", "--bundle", bundle, "--backend", backend, "--calls", arguments.calls)
                 for backend in installed_backends()
-                if backend != "torch"
+                if backend != REFERENCE
             ],
             "fuzz": lambda: {reader: fuzz(reader, seconds, Path(folder)) for reader in READERS},
         }

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import _report
 from benchmarks._report import Record, machine_line, table
 from benchmarks.cifar10_cpu import cifar10_bundle
-from ddsm_engine.backends import installed_backends, open_engine
+from ddsm_engine.backends import REFERENCE, installed_backends, open_engine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.errors import OutputError
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     record["backends"] = {}
     with cifar10_bundle(arguments.bundle, EIGHTHS) as bundle:
         for backend in installed_backends():
-            if backend != "torch":
+            if backend != REFERENCE:
                 record["backends"][backend] = measure(bundle, backend, arguments.batch_size, arguments.rounds)
     _report.save(record, path, details(record))
     print(f"{details(record)}\n\nwritten: {path} and its Markdown twin")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddsm_engine.backends import BACKENDS, choose_backend, engine_target, installed_backends
+from ddsm_engine.backends import BACKENDS, REFERENCE, choose_backend, engine_target, installed_backends
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cli import guarded
@@ -21,9 +21,6 @@ from ddsm_engine.measure.latency import LatencyRow, measure_latency
 from ddsm_engine.measure.latency_table import LatencyTable, check_writable, save_latency
 from ddsm_engine.measure.peak import matmul_peak_gflops
 from ddsm_engine.pipeline import DEFAULT_BATCH
-
-REFERENCE = "torch"
-"""What others are compared with, eager and slow: timed only when asked for."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from ddsm_engine.bundle import Variant
 from ddsm_engine.cost import PUBLISHED_CIFAR10_MMACS
 from ddsm_engine.errors import StrategyError
 from ddsm_engine.files import write_atomically
-from ddsm_engine.untrusted import brief, parse_json, read_bytes
+from ddsm_engine.untrusted import brief, one_line, parse_json, read_bytes
 
 FORMAT = "ddsm-strategy"
 FORMAT_VERSION = 1
@@ -235,7 +235,7 @@ def _yaml(text: str) -> object:
     try:
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - derived from SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise StrategyError(f"not readable as YAML: {' '.join(str(error).split())[:300]}") from error
+        raise StrategyError(f"not readable as YAML: {one_line(error)}") from error
 
 
 def _choices(segments: Sequence[object], length: int) -> tuple[Choice, ...]:

@@ -32,6 +32,11 @@ def brief(value: object) -> str:
     return _REPR.repr(value)
 
 
+def one_line(error: BaseException) -> str:
+    """A library's words about a file, short and on one line; the error's name where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Read a file of at most ``most`` bytes.
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ddsm_engine.backends import BACKENDS, INSTALL, choose_backend, installed_backends
+from ddsm_engine.backends import BACKENDS, INSTALL, REFERENCE, choose_backend, installed_backends
 from ddsm_engine.backends.engine import EngineOptions, Precision
 from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle
 from ddsm_engine.cli import guarded
@@ -20,9 +20,6 @@ from ddsm_engine.pipeline import Pipeline, choose_batch_size
 from ddsm_engine.plan import compile_plan
 from ddsm_engine.sampler import SAMPLERS, make_sampler
 from ddsm_engine.strategy import Strategy
-
-REFERENCE = "torch"
-"""Cuts its networks from the weights; every other backend reads the artefacts."""
 
 LOCAL_FOLDERS = (ENGINES, "latency")
 """Caches and measurements of single machines: whatever writes them seals them, the manifest knows none of them."""

@@ -10,6 +10,9 @@ from ddsm_engine.errors import BackendError
 BACKENDS = ("openvino", "onnxruntime", "torch")
 """In the order ``auto`` prefers them."""
 
+REFERENCE = "torch"
+"""Cuts its networks from the weights, eager and slow: what the others, which read the artefacts, are compared with."""
+
 INSTALL = {
     "openvino": "pip install 'ddsm-engine[cpu]'",
     "onnxruntime": "pip install 'ddsm-engine[cpu]'",

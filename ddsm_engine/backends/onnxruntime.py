@@ -13,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
+from ddsm_engine.untrusted import one_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -73,7 +74,7 @@ class OnnxRuntimeEngine:
             # Its own fallback to the CPU would print lines of its own and go on.
             self._session = ort.InferenceSession(model, settings, providers=[provider], enable_fallback=0)
         except LOAD_ERRORS as error:
-            raise BackendError(f"ONNX Runtime cannot open {model}: {' '.join(str(error).split())[:300]}") from error
+            raise BackendError(f"ONNX Runtime cannot open {model}: {one_line(error)}") from error
         if provider not in self._session.get_providers():
             raise BackendError(f"ONNX Runtime fell back from {provider} to {self._session.get_providers()} for {model}")
         self._binding = self._session.io_binding()
@@ -113,7 +114,7 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(self._binding)
         except (*LOAD_ERRORS, RuntimeError) as error:
-            raise BackendError(f"ONNX Runtime failed in a call: {' '.join(str(error).split())[:300]}") from error
+            raise BackendError(f"ONNX Runtime failed in a call: {one_line(error)}") from error
 
     def close(self) -> None:
         """Release the session."""

@@ -9,6 +9,7 @@ import openvino as ov
 from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
+from ddsm_engine.untrusted import one_line
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 
@@ -80,7 +81,7 @@ class OpenVINOEngine:
                 self._compiled = core().import_model(built, "CPU", config)
             self._request = self._compiled.create_infer_request()
         except (RuntimeError, UnicodeDecodeError) as error:  # the latter: its own words, about a damaged file
-            raise BackendError(f"OpenVINO cannot open {model}: {' '.join(str(error).split())[:300]}") from error
+            raise BackendError(f"OpenVINO cannot open {model}: {one_line(error)}") from error
         self._bound: list[ov.Tensor] = []
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> None:
@@ -94,9 +95,8 @@ class OpenVINOEngine:
             try:
                 self._request.set_tensor(name, tensor)
             except RuntimeError as error:
-                detail = " ".join(str(error).split())[:300]
                 raise BackendError(
-                    f"the network takes no {name} {list(tensor.shape)}; export the bundle again ({detail})"
+                    f"the network takes no {name} {list(tensor.shape)}; export the bundle again ({one_line(error)})"
                 ) from error
 
     def run(self) -> None:
@@ -105,7 +105,7 @@ class OpenVINOEngine:
             self._request.start_async()
             self._request.wait()
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed in a call: {' '.join(str(error).split())[:300]}") from error
+            raise BackendError(f"OpenVINO failed in a call: {one_line(error)}") from error
 
     def export(self) -> bytes:
         """The compiled network, for ``built`` on this machine with this version of OpenVINO."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddsm_engine.errors import DdsmError
+from ddsm_engine.untrusted import one_line
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 CIFAR_RECORD = 1 + 3 * 32 * 32
@@ -81,8 +82,7 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
         with warnings.catch_warnings(action="ignore"):  # a library's remarks on a file, beside our one line
             images = _read(path, channels, image_size)
     except _UNREADABLE as error:
-        detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{path} could not be read as training images: {detail}") from error
+        raise DataError(f"{path} could not be read as training images: {one_line(error)}") from error
     if images.dtype != np.uint8 or len(images) == 0:
         raise DataError(f"{path} must hold uint8 images, found {images.dtype} with {len(images)} of them")
     if images.shape[1] != channels:
@@ -127,8 +127,7 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
             centre = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + square, top + square))
             pixels = np.asarray(centre.resize((image_size, image_size), Image.Resampling.LANCZOS))
     except _UNREADABLE as error:
-        detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{file} is not a readable image: {detail}") from error
+        raise DataError(f"{file} is not a readable image: {one_line(error)}") from error
     return _channels_first(pixels[None])[0]
 
 
