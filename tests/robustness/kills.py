@@ -12,17 +12,15 @@ import argparse
 import json
 import random
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from ddsm_engine.files import SUFFIX
 from tests.robustness.forks import DONE, KILLED, attempt, expect, rehearse, undisturbed
-from tests.robustness.scenarios import Commands, Scenario, one_file, one_folder
+from tests.robustness.scenarios import Commands, Scenario, one_file, one_folder, try_each
 
 
 @dataclass(slots=True)
@@ -97,19 +95,13 @@ def survive(bundle: Path, kills: int, seed: int) -> dict[str, Tally]:
     Raises:
         AssertionError: a state that is neither the old nor the new one, or a next command that failed.
     """
-    torch.set_num_threads(1)
     rng = random.Random(seed)
-    tallies: dict[str, Tally] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+
+    def trials(work: Path) -> Iterator[tuple[str, Callable[[Path], Tally]]]:
         for name, share, scenario in scenarios(bundle, work):
-            place = Path(tempfile.mkdtemp(dir=work))
-            try:
-                tallies[name] = torment(scenario, place, max(1, round(share * kills)), rng)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
-            shutil.rmtree(place)
-    return tallies
+            yield name, partial(torment, scenario, kills=max(1, round(share * kills)), rng=rng)
+
+    return try_each(trials)
 
 
 def main() -> None:

@@ -7,16 +7,14 @@ import argparse
 import json
 import random
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from ddsm_engine.files import SUFFIX
 from tests.robustness.forks import DONE, REFUSED, end, expect, rehearse, start, undisturbed
-from tests.robustness.scenarios import Commands, Scenario, one_file, one_folder
+from tests.robustness.scenarios import Commands, Scenario, one_file, one_folder, try_each
 
 
 def race(scenario: Scenario, folder: Path, times: int, rng: random.Random) -> dict[str, int]:
@@ -64,20 +62,14 @@ def scenarios(bundle: Path, work: Path) -> Iterator[tuple[str, Scenario]]:
 
 def run_races(bundle: Path, races: int, seed: int) -> dict[str, dict[str, int]]:
     """Race everything, so often in all."""
-    torch.set_num_threads(1)
     rng = random.Random(seed)
-    tallies = {}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+
+    def trials(work: Path) -> Iterator[tuple[str, Callable[[Path], dict[str, int]]]]:
         entries = list(scenarios(bundle, work))
         for name, scenario in entries:
-            place = Path(tempfile.mkdtemp(dir=work))
-            try:
-                tallies[name] = race(scenario, place, max(1, races // len(entries)), rng)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
-            shutil.rmtree(place)
-    return tallies
+            yield name, partial(race, scenario, times=max(1, races // len(entries)), rng=rng)
+
+    return try_each(trials)
 
 
 def main() -> None:

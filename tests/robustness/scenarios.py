@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,33 @@ class Scenario:
     act: Callable[[Path], None]
     state: Callable[[Path], str]
     final: Callable[[Path], None]
+
+
+Result = TypeVar("Result")
+
+
+def try_each(
+    scenarios: Callable[[Path], Iterable[tuple[str, Callable[[Path], Result]]]],
+) -> dict[str, Result]:
+    """One trial after the other, each in a folder of its own.
+
+    Args:
+        scenarios: Given a folder to work in, names and trials.
+
+    Raises:
+        AssertionError: a trial's, with its name.
+    """
+    torch.set_num_threads(1)
+    found: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, trial in scenarios(Path(folder)):
+            place = Path(tempfile.mkdtemp(dir=folder))
+            try:
+                found[name] = trial(place)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
+            shutil.rmtree(place)
+    return found
 
 
 def content(folder: Path) -> dict[str, bytes]:
