@@ -61,17 +61,22 @@ class Examination:
         )
         return tuple(sorted(found, key=lambda finding: finding.severity != "problem"))
 
+    @property
+    def program(self) -> dict[str, str | None]:
+        """The package's version, and what runs it."""
+        return {
+            "version": self.installed.get(DISTRIBUTION),
+            "python": platform.python_version(),
+            "executable": sys.executable,
+            "platform": platform.platform(),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints; the module says what is in it."""
         return {
             "format": "ddsm-doctor",
             "format_version": 1,
-            "program": {
-                "version": self.installed.get(DISTRIBUTION),
-                "python": platform.python_version(),
-                "executable": sys.executable,
-                "platform": platform.platform(),
-            },
+            "program": self.program,
             "libraries": [asdict(library) for library in self.libraries],
             "backends": [asdict(backend) for backend in self.backends],
             "processor": asdict(self.processor),
@@ -98,7 +103,7 @@ def examine(root: Path = Path("/")) -> Examination:
 
 def describe(examination: Examination) -> str:
     """The report for people: facts by section, findings last."""
-    e, program = examination, examination.to_json()["program"]
+    e, program = examination, examination.program
     missing = [
         f"{lib.name} ({', '.join(extras)})"
         for lib in e.libraries

@@ -62,13 +62,11 @@ def probe(name: str, *, search_path: Iterable[str | Path] | None = None, timeout
         search_path: Where that process looks for modules (default: where this one does).
         timeout_s: How long it may take.
     """
-    # ONNX Runtime reports to its maker since 1.29, unless this is set before it is imported.
-    quiet = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
     folders = os.pathsep.join(str(folder) for folder in (sys.path if search_path is None else search_path) if folder)
     try:
         done = subprocess.run(  # noqa: S603 - our own interpreter and module
             [sys.executable, "-P", "-m", "ddsm_engine.doctor.probe", name],
-            capture_output=True, text=True, check=False, timeout=timeout_s, env=quiet | {"PYTHONPATH": folders},
+            capture_output=True, text=True, check=False, timeout=timeout_s, env={**os.environ, "PYTHONPATH": folders},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Backend(name=name, error=f"no answer within {timeout_s:g} s")

@@ -52,8 +52,7 @@ def openvino() -> dict[str, Any]:
 
 def onnxruntime() -> dict[str, Any]:
     """What ONNX Runtime can do here, on the CPU and, where it offers CUDA, there."""
-    import onnxruntime as ort
-
+    # Imports the library, too, with its telemetry switched off.
     from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 
     before = _threads()
@@ -61,6 +60,8 @@ def onnxruntime() -> dict[str, Any]:
     # It has no property for this; its pool is one less than it uses, for the caller works, too.
     threads = None if before is None else (_threads() or before) - before + 1
     run_on(engine)
+    import onnxruntime as ort
+
     found = {"offers": ort.get_available_providers(), "auto_precision": engine.precision, "threads": threads}
     if "CUDAExecutionProvider" in found["offers"]:
         try:
