@@ -1,29 +1,108 @@
 """From a result to what people read, for every benchmark: JSON, its Markdown twin, the marked blocks of the READMEs."""
 
 import argparse
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import clear_leftovers, write_atomically
 from ddsm_engine.measure.environment import environment
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Record = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "benchmarks" / "README.md"
 
 
-def save(record: Record, path: Path, details: str) -> None:
-    """Write the JSON and, beside it, its details as Markdown; each whole or not at all."""
-    head, command = f"# {record['benchmark']} on {record['machine']}", record["environment"]["command"]
-    for file in (path, path.with_suffix(".md")):
-        clear_leftovers(file.parent, file.name)
-    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-    write_atomically(path.with_suffix(".md"), f"{head}\n\n{details}\n\nCommand: `{command}`\n".encode())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One question, and everything that its module has to say to it.
+
+    Attributes:
+        name: The module's.
+        doc: The module's docstring; its first line is the question.
+        options: Adds the command's own options.
+        measure: Fills the record, and calls its third argument whenever a part of it is worth keeping.
+        details: The record as Markdown without a heading.
+        blocks: What stands between the markers of which README.
+        draw: Draws the record on a matplotlib figure; None where a picture would say no more than the table.
+        resumes: Whether ``measure`` goes on with a record that holds some parts already.
+    """
+
+    name: str
+    doc: str
+    options: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace, Record, Callable[[], None]], None]
+    details: Callable[[Record], str]
+    blocks: Callable[[Record], Mapping[Path, str]]
+    draw: "Callable[[Record, Figure], None] | None" = None
+    resumes: bool = False
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """The module's command; returns the exit code."""
+        p = argparse.ArgumentParser(prog=f"python -m benchmarks.{self.name}", description=self.doc.partition("\n")[0])
+        self.options(p)
+        p.add_argument("--machine", help="a short name for the processor")
+        where = p.add_mutually_exclusive_group()
+        where.add_argument(
+            "-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)"
+        )
+        where.add_argument(
+            "--update-readme", type=Path, metavar="FILE", help="only rewrite the tables from this result"
+        )
+        arguments = p.parse_args(argv)
+        if arguments.update_readme is not None:
+            return guarded(lambda: update_readmes(self.name, self.blocks(load(arguments.update_readme, self.name))))
+        return guarded(lambda: self.run(arguments))
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Measure and write.
+
+        Raises:
+            OutputError: the result exists already.
+        """
+        record = new_record(self.name, arguments.machine)
+        path = arguments.output or path_of(record)
+        if path.exists() and not self.resumes:
+            raise OutputError(f"{path} exists already; choose another --output")
+        if path.exists():
+            record = load(path, self.name)
+        self.measure(arguments, record, lambda: self.save(record, path))
+        self.save(record, path)
+        print(f"{self.details(record)}\n\nwritten: {path} and what goes with it")
+
+    def save(self, record: Record, path: Path) -> None:
+        """Write the JSON and, beside it, its details as Markdown and its picture; each whole or not at all."""
+        head, command = f"# {record['benchmark']} on {record['machine']}", record["environment"]["command"]
+        picture = f"![{self.name}]({path.with_suffix('.png').name})\n\n" if self.draw else ""
+        for file in (path, path.with_suffix(".md"), path.with_suffix(".png")):
+            clear_leftovers(file.parent, file.name)
+        write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        markdown = f"{head}\n\n{picture}{self.details(record)}\n\nCommand: `{command}`\n"
+        write_atomically(path.with_suffix(".md"), markdown.encode())
+        if self.draw:
+            write_atomically(path.with_suffix(".png"), png_of(record, self.draw))
+
+
+def png_of(record: Record, draw: "Callable[[Record, Figure], None]") -> bytes:
+    """A benchmark's picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    draw(record, figure)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    return image.getvalue()
 
 
 def load(path: Path, benchmark: str) -> Record:
@@ -39,24 +118,6 @@ def load(path: Path, benchmark: str) -> Record:
     if not isinstance(record, dict) or record.get("benchmark") != benchmark:
         raise OutputError(f"{path} is not a result of benchmarks.{benchmark}")
     return record
-
-
-def command(
-    name: str,
-    p: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], None],
-    readme_blocks: Callable[[Record], Mapping[Path, str]],
-    argv: Sequence[str] | None,
-) -> int:
-    """A benchmark's command: its own options and the ones that all have; returns the exit code."""
-    p.add_argument("--machine", help="a short name for the processor")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", type=Path, help="JSON to write (default: benchmarks/results/DATE-MACHINE-…)")
-    where.add_argument("--update-readme", type=Path, metavar="FILE", help="only rewrite the tables from this result")
-    arguments = p.parse_args(argv)
-    if arguments.update_readme is not None:
-        return guarded(lambda: update_readmes(name, readme_blocks(load(arguments.update_readme, name))))
-    return guarded(lambda: run(arguments))
 
 
 def new_record(name: str, machine: str | None) -> Record:

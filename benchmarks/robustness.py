@@ -12,43 +12,34 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Final
 
-from benchmarks import _report
-from benchmarks._report import Record, machine_line, table
+from benchmarks._report import README, ROOT, Benchmark, Record, machine_line, table
 from ddsm_engine.backends import REFERENCE, installed_backends
 from ddsm_engine.errors import OutputError
 from tests.robustness import processes
 
-NAME: Final = "robustness"
-ROOT: Final = Path(__file__).parents[1]
 READERS: Final = ("manifest", "strategy", "flagfile", "checkpoint", "supernet", "onnx")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=(__doc__ or "").partition("\n")[0])
+def options(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     p.add_argument("--bundle", type=Path, help="the test suite's small bundle (default: exported anew)")
     p.add_argument("--kills", type=int, default=1000)
     p.add_argument("--races", type=int, default=90)
     p.add_argument("--calls", type=int, default=100_000, help="engine calls of each backend's soak")
     p.add_argument("--fuzz-seconds", type=int, default=60, help="per reader; needs atheris: pip install -e '.[fuzz]'")
-    return _report.command(NAME, p, run, readme_blocks, argv)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], None]) -> None:
     """Run the parts that the result does not hold yet.
 
     Raises:
         OutputError: a part broke something.
     """
-    record = _report.new_record(NAME, arguments.machine)
-    path = arguments.output or _report.path_of(record)
-    if path.exists():
-        record = _report.load(path, NAME)
     with tempfile.TemporaryDirectory() as folder:
         bundle = arguments.bundle.absolute() if arguments.bundle else export_small_bundle(Path(folder))
         seconds = str(arguments.fuzz_seconds)
@@ -68,8 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             if name not in record:
                 print(f"{name} …", file=sys.stderr, flush=True)
                 record[name] = part()
-                _report.save(record, path, details(record))
-    print(f"{details(record)}\n\nwritten: {path} and its Markdown twin")
+                save()
 
 
 def export_small_bundle(folder: Path) -> Path:
@@ -169,10 +159,15 @@ def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in sorted(found.items()))
 
 
-def readme_blocks(record: Record) -> dict[Path, str]:
-    """What stands between the markers of which README."""
-    return {ROOT / "README.md": summary(record), ROOT / "benchmarks" / "README.md": details(record)}
-
+BENCHMARK: Final = Benchmark(
+    name="robustness",
+    doc=__doc__ or "",
+    options=options,
+    measure=measure,
+    details=details,
+    blocks=lambda record: {ROOT / "README.md": summary(record), README: details(record)},
+    resumes=True,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

@@ -10,7 +10,7 @@ that draws images; the first call of a run is compared with the last one.
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -18,55 +18,40 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks import _report
-from benchmarks._report import Record, machine_line, table
-from benchmarks.cifar10_cpu import cifar10_bundle
+from benchmarks._report import README, Benchmark, Record, machine_line, table
+from benchmarks.cifar10 import cifar10_bundle
 from ddsm_engine.backends import REFERENCE, installed_backends, open_engine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
-from ddsm_engine.errors import OutputError
 from ddsm_engine.measure.timing import summarise
 from ddsm_engine.noise import SeededNoise
 from ddsm_engine.plan import plan_calls
 from ddsm_engine.sampler import ddim
 from ddsm_engine.scheduler import Scheduler
 
-NAME: Final = "swap_cost"
-ROOT: Final = Path(__file__).parents[1]
 EIGHTHS: Final = (2, 4, 6, 8)
 RUN: Final = 3
 """Calls of one variant before the other's turn."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.swap_cost", description=(__doc__ or "").partition("\n")[0])
+def options(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     p.add_argument("--bundle", type=Path, help="folder to reuse, or to leave it in (default: temporary)")
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--rounds", type=int, default=20, help="swaps in either direction, after one that is not counted")
-    return _report.command(NAME, p, run, readme_blocks, argv)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure every pair on every backend installed but the eager reference.
-
-    Raises:
-        OutputError: the result exists already.
-    """
-    record = _report.new_record(NAME, arguments.machine) | {"batch": arguments.batch_size}
-    path = arguments.output or _report.path_of(record)
-    if path.exists():
-        raise OutputError(f"{path} exists already; choose another --output")
-    record["backends"] = {}
+def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], None]) -> None:
+    """Measure every pair on every backend installed but the eager reference."""
+    record |= {"batch": arguments.batch_size, "backends": {}}
     with cifar10_bundle(arguments.bundle, EIGHTHS) as bundle:
         for backend in installed_backends():
             if backend != REFERENCE:
-                record["backends"][backend] = measure(bundle, backend, arguments.batch_size, arguments.rounds)
-    _report.save(record, path, details(record))
-    print(f"{details(record)}\n\nwritten: {path} and its Markdown twin")
+                record["backends"][backend] = measure_pairs(bundle, backend, arguments.batch_size, arguments.rounds)
+                save()
 
 
-def measure(bundle: Bundle, backend: str, batch: int, rounds: int) -> Record:
+def measure_pairs(bundle: Bundle, backend: str, batch: int, rounds: int) -> Record:
     """Let every two of the widths alternate; both directions come from one plan.
 
     Raises:
@@ -140,10 +125,14 @@ def _spread(timing: Mapping[str, float]) -> str:
     return f"{timing['median_ms']:.2f} ({timing['p20_ms']:.2f} to {timing['p80_ms']:.2f})"
 
 
-def readme_blocks(record: Record) -> dict[Path, str]:
-    """What stands between the markers of which README."""
-    return {ROOT / "benchmarks" / "README.md": details(record)}
-
+BENCHMARK: Final = Benchmark(
+    name="swap_cost",
+    doc=__doc__ or "",
+    options=options,
+    measure=measure,
+    details=details,
+    blocks=lambda record: {README: details(record)},
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

@@ -1,19 +1,14 @@
 """The READMEs show what the newest committed result of each benchmark says."""
 
 import subprocess
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from benchmarks import _report, cifar10_cpu, robustness, swap_cost
+from benchmarks import _report, robustness, swap_cost
 
 ROOT = Path(__file__).parents[2]
-BLOCKS: dict[str, Callable[[_report.Record], Mapping[Path, str]]] = {
-    cifar10_cpu.NAME: cifar10_cpu.readme_blocks,
-    robustness.NAME: robustness.readme_blocks,
-    swap_cost.NAME: swap_cost.readme_blocks,
-}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (robustness.BENCHMARK, swap_cost.BENCHMARK)}
 
 
 def committed_results(name: str) -> list[Path]:
@@ -23,12 +18,12 @@ def committed_results(name: str) -> list[Path]:
     return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_readmes_show_the_newest_result(name: str) -> None:
     results = [_report.load(path, name) for path in committed_results(name)]
     if not results:
         pytest.skip(f"no result of {name} is committed yet (python -m benchmarks.{name})")
     newest = max(results, key=lambda result: str(result["environment"]["date"]))
-    for readme, block in BLOCKS[name](newest).items():
+    for readme, block in BENCHMARKS[name].blocks(newest).items():
         found = _report.block_of(readme.read_text(encoding="utf-8"), name)
         assert found == block, f"python -m benchmarks.{name} --update-readme FILE"

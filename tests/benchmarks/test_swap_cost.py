@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import swap_cost
-from benchmarks.swap_cost import RUN, alternate, details, measure
+from benchmarks.swap_cost import RUN, alternate, details, measure_pairs
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.plan import Plan
 
@@ -50,7 +50,7 @@ def test_the_table_shows_what_a_swap_adds(pairs: list[dict[str, Any]]) -> None:
 
 
 def test_every_two_widths_are_measured_in_both_directions(bundle: Bundle) -> None:
-    found = measure(bundle, "onnxruntime", 1, rounds=1)
+    found = measure_pairs(bundle, "onnxruntime", 1, rounds=1)
     assert found["precision"] == "fp32"
     assert len({(p["from"], p["to"]) for p in found["pairs"]}) == 12
     assert all(p["first"]["median_ms"] > 0 and p["inside"]["repeats"] == 1 for p in found["pairs"])
