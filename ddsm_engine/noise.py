@@ -58,8 +58,14 @@ class NoiseSource(Protocol):
         ...
 
 
+AHEAD = 16
+"""Images of noise drawn at a time: numpy takes as long to begin a pass over one small image as to make it."""
+
+
 class SeededNoise:
     """The noise of the images ``first_image … first_image + B - 1`` of a seed.
+
+    Small batches draw several calls at once and keep what the next calls will ask for.
 
     Raises:
         SamplerError: a seed that does not fit 64 bits.
@@ -70,6 +76,7 @@ class SeededNoise:
             raise SamplerError(f"a seed is a whole number from 0 to 2**64 - 1, found {seed}")
         self.seed, self.first_image = seed, first_image
         self._buffers: _Buffers | None = None
+        self._drawn = INITIAL, range(0)
 
     def starting_at(self, first_image: int) -> "SeededNoise":
         """The same seed's noise from another image on."""
@@ -78,30 +85,36 @@ class SeededNoise:
     def fill(self, out: NDArray[np.float32], stream: int, call: int) -> None:
         """Overwrite ``out`` [B, C, H, W], C-contiguous, with standard normals."""
         images, elements = len(out), out[0].size
-        if self._buffers is None or self._buffers.shape != (images, -(-elements // 4)):
-            self._buffers = _Buffers((images, -(-elements // 4)))
-        normals = self._buffers.draw(self.seed, self.first_image, stream, call)
-        out.reshape(images, -1)[...] = normals[:, :elements]
+        shape = (max(1, AHEAD // images), images, -(-elements // 4))
+        if self._buffers is None or self._buffers.shape != shape:
+            self._buffers, self._drawn = _Buffers(shape), (stream, range(0))
+        drawn, calls = self._drawn
+        if drawn != stream or call not in calls:
+            calls = range(call, call + shape[0])
+            self._buffers.draw(self.seed, self.first_image, stream, call)
+            self._drawn = stream, calls
+        out.reshape(images, -1)[...] = self._buffers.normals[call - calls.start, :, :elements]
 
 
 class _Buffers:
     """Everything that drawing needs, allocated once: a run draws thousands of times."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        """Allocate for [images, blocks of four elements]."""
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        """Allocate for [calls, images, blocks of four elements]."""
         self.shape = shape
         self._words = [np.empty(shape, np.uint64) for _ in range(4)]
         self._scratch = [np.empty(shape, np.uint64) for _ in range(2)]
         self._radius, self._angle, self._wave = (np.empty(shape, np.float32) for _ in range(3))
-        self._normals = np.empty((*shape, 4), np.float32)
-        self._blocks = np.arange(shape[1], dtype=np.uint64)[None, :]
-        self._images = np.arange(shape[0], dtype=np.uint64)[:, None]
+        self._pairs = np.empty((*shape, 4), np.float32)
+        self.normals = self._pairs.reshape(*shape[:2], -1)
+        counters = np.ogrid[tuple(slice(size) for size in shape)]
+        self._calls, self._images, self._blocks = (counter.astype(np.uint64) for counter in counters)
 
-    def draw(self, seed: int, first_image: int, stream: int, call: int) -> NDArray[np.float32]:
-        """Standard normals [images, 4 * blocks]; overwritten by the next call."""
-        block, call_word, image, stream_word = self._words
+    def draw(self, seed: int, first_image: int, stream: int, first_call: int) -> None:
+        """Fill ``normals`` [calls, images, 4 * blocks]."""
+        block, call, image, stream_word = self._words
         block[...] = self._blocks
-        call_word.fill(call)
+        np.add(self._calls, np.uint64(first_call), out=call)
         np.add(self._images, np.uint64(first_image), out=image)
         stream_word.fill(stream)
         philox4x32(self._words, self._scratch, seed)
@@ -116,6 +129,5 @@ class _Buffers:
             np.sqrt(radius, out=radius)
             np.copyto(angle, self._words[pair + 1], casting="unsafe")
             np.multiply(angle, np.float32(2.0**-32 * 2 * np.pi), out=angle)
-            np.multiply(radius, np.cos(angle, out=wave), out=self._normals[..., pair])
-            np.multiply(radius, np.sin(angle, out=wave), out=self._normals[..., pair + 1])
-        return self._normals.reshape(len(self._normals), -1)
+            np.multiply(radius, np.cos(angle, out=wave), out=self._pairs[..., pair])
+            np.multiply(radius, np.sin(angle, out=wave), out=self._pairs[..., pair + 1])

@@ -270,7 +270,7 @@ class _InjectedNoise:
         noise: Callable[[int], Images] | None,
         shape: tuple[int, ...],
     ) -> None:
-        self.seed, self.x_T, self.noise, self.shape, self.first = seed, x_T, noise, shape, 0
+        self.seeded, self.x_T, self.noise, self.shape, self.first = SeededNoise(seed), x_T, noise, shape, 0
         if x_T is not None:
             self._check(x_T, "x_T")
 
@@ -279,13 +279,13 @@ class _InjectedNoise:
             raise SamplerError(f"{name} must have the shape {self.shape}, found {np.shape(array)}")
 
     def starting_at(self, first_image: int) -> "_InjectedNoise":
-        self.first = first_image
+        self.seeded, self.first = self.seeded.starting_at(first_image), first_image
         return self
 
     def fill(self, out: Images, stream: int, call: int) -> None:
         given = self.x_T if stream == INITIAL else self.noise(call) if self.noise else None
         if given is None:
-            SeededNoise(self.seed).starting_at(self.first).fill(out, stream, call)
+            self.seeded.fill(out, stream, call)
             return
         self._check(given, "x_T" if stream == INITIAL else f"noise({call})")
         rows = given[self.first : self.first + len(out)]

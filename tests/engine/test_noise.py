@@ -32,6 +32,25 @@ def test_an_image_s_noise_does_not_depend_on_its_batch() -> None:
     assert np.array_equal(draw(7, 8, 1), whole[8:])
 
 
+def test_what_was_drawn_ahead_is_what_each_call_would_draw_by_itself() -> None:
+    noise, out = SeededNoise(7, 2), np.empty((3, 3, 5, 7), np.float32)
+    # In order, with a jump ahead and one back, another stream between, and past a block of calls.
+    for stream, call in [(INITIAL, 0), (PER_CALL, 0), (PER_CALL, 1), (INITIAL, 1), *((PER_CALL, c) for c in range(40))]:
+        noise.fill(out, stream, call)
+        assert np.array_equal(out, draw(7, 2, 3, call=call, stream=stream))
+    for call in (900, 901, 5):
+        noise.fill(out, PER_CALL, call)
+        assert np.array_equal(out, draw(7, 2, 3, call=call))
+
+
+def test_a_seed_serves_batches_of_any_size_in_turn() -> None:
+    noise = SeededNoise(7)
+    for count in (1, 16, 40, 2):
+        out = np.empty((count, 3, 5, 7), np.float32)
+        noise.fill(out, PER_CALL, 9)
+        assert np.array_equal(out, draw(7, 0, 40, call=9)[:count])
+
+
 def test_seed_call_image_and_stream_each_give_other_noise() -> None:
     base = draw(7, 0, 2)
     others = [
