@@ -73,7 +73,9 @@ def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options
 
             shapes = {tensor.name: tensor.at_batch(batch) for tensor in variant.inputs}
             built = EngineCache(bundle, target(options, batch)).load(variant)
-            return OpenVINOEngine(bundle.artefact(variant), shapes, options, built)
+            # A built engine vouches for the artefact it was made from, which then need not be read.
+            model = bundle.artefact(variant) if built is None else bundle.path / variant.file
+            return OpenVINOEngine(model, shapes, options, built)
         case "onnxruntime":
             from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ddsm_engine.backends import BACKENDS, choose_backend, open_engine
+from ddsm_engine.backends import BACKENDS, choose_backend, engine_target, open_engine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 from ddsm_engine.bundle import Bundle
@@ -45,6 +45,22 @@ def test_every_variant_on_every_backend_is_the_dynamic_network(
     expected = dynamic_unet(CONFIG, STATE, torch.from_numpy(x), torch.tensor(t), width_mult).numpy()
     assert expected.std() > 0.05, "outputs must be of order one for the comparison to mean anything"
     assert relative_l2(forward(backend, bundle, variant, x, t), expected) <= FORWARD[backend]
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_a_batch_split_over_streams_is_put_together_again(batch: int, bundle: Bundle) -> None:
+    x = np.random.default_rng(batch).standard_normal((batch, *TINY.sample_shape), dtype=np.float32)
+    t = [0, 999, 412, 3][:batch]
+    options = EngineOptions(precision="fp32", threads=2)
+    assert engine_target("openvino", options, batch)["streams"] == (1 if batch == 3 else 2)
+    engine = open_engine("openvino", bundle, bundle.variants["w020"], batch, options)
+    out = np.full_like(x, np.nan)
+    engine.bind({"sample": x, "time_features": bundle.time_table()[t]}, {"out_sample": out})
+    engine.run()
+    engine.close()
+    width_mult = bundle.variants["w020"].width_mult
+    expected = dynamic_unet(CONFIG, STATE, torch.from_numpy(x), torch.tensor(t), width_mult).numpy()
+    assert relative_l2(out, expected) <= FORWARD["openvino"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
