@@ -14,6 +14,7 @@ from ddsm_engine.backends import choose_backend, open_engine
 from ddsm_engine.backends.engine import EngineOptions, Precision
 from ddsm_engine.bundle import MANIFEST, Bundle
 from ddsm_engine.errors import BackendError, BundleError, SamplerError
+from ddsm_engine.measure.choice import fastest_backend
 from ddsm_engine.noise import INITIAL, SeededNoise
 from ddsm_engine.plan import Plan, compile_plan
 from ddsm_engine.sampler import make_sampler
@@ -71,7 +72,8 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: str, options: EngineOptions) -> None:
         self.bundle, self.backend, self.options = bundle, choose_backend(backend, options.device), options
         self.open_ms = 0.0
-        self._schedulers: dict[int, Scheduler] = {}
+        self._is_auto = backend == "auto"
+        self._schedulers: dict[tuple[str, int], Scheduler] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -88,7 +90,8 @@ class Pipeline:
 
         Args:
             path: The bundle's folder.
-            backend: ``auto``, ``openvino``, ``onnxruntime`` or ``torch``.
+            backend: ``openvino``, ``onnxruntime``, ``torch``, or ``auto``: the one that was measured to be the fastest
+                (``ddsm bench --save``), and OpenVINO where nothing was.
             device: ``cpu`` or ``cuda``; a device that is absent is refused, never replaced.
             precision: ``auto`` takes bf16 where the CPU has matrix tiles for it, ``fp32`` is exact.
             threads: Threads per engine; 0 leaves it to the backend.
@@ -126,6 +129,13 @@ class Pipeline:
         resolved = strategy if isinstance(strategy, Strategy) else self.strategy(strategy)
         table = make_sampler(sampler, manifest.noise_schedule, steps, eta=eta, clip_sample=clip_sample)
         return compile_plan(resolved, table, manifest.variants, self.bundle.time_table())
+
+    def choose_backend(self, plan: Plan, batch_size: int) -> str:
+        """Settle which backend runs a plan, and keep it in ``backend``; ``auto`` asks what was measured."""
+        if self._is_auto:
+            fastest = fastest_backend(self.bundle, plan.variants, self.options, batch_size)
+            self.backend = fastest or choose_backend("auto", self.options.device)
+        return self.backend
 
     def __call__(
         self,
@@ -228,16 +238,18 @@ class Pipeline:
     @property
     def precision(self) -> str:
         """What the open engines compute in; the requested precision while none is open."""
-        for scheduler in self._schedulers.values():
-            for engine in scheduler.engines.values():
-                return engine.precision
+        for (backend, _), scheduler in self._schedulers.items():
+            if backend == self.backend:
+                for engine in scheduler.engines.values():
+                    return engine.precision
         return self.options.precision
 
     def _scheduler(self, plan: Plan, batch_size: int) -> Scheduler:
         spec = self.bundle.manifest.spec
-        scheduler = self._schedulers.get(batch_size)
+        key = self.choose_backend(plan, batch_size), batch_size
+        scheduler = self._schedulers.get(key)
         if scheduler is None:
-            scheduler = self._schedulers[batch_size] = Scheduler((batch_size, *spec.sample_shape), spec.time_features)
+            scheduler = self._schedulers[key] = Scheduler((batch_size, *spec.sample_shape), spec.time_features)
         started = time.perf_counter()
         for variant in dict.fromkeys(plan.variants):
             if variant not in scheduler.engines:
