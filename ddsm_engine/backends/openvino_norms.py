@@ -90,22 +90,29 @@ def _match(mvn: ov.Node) -> _GroupNorm | None:
 
 
 def _rewritten(norm: _GroupNorm) -> ov.Output:
-    """The norm by reductions over pixels; groups are averaged by a small matrix product."""
+    """The norm by reductions: over the pixels of every channel, then over the few channels of a group."""
     batch, channels, *_ = norm.x.get_shape()
-    pixels, size = np.array([2, 3]), channels // norm.groups
-    average = ops.constant(np.kron(np.eye(norm.groups), np.full((size, size), 1 / size)).astype(np.float32))
-    whole = np.array([batch, channels, 1, 1])
+    grouped = [batch, norm.groups, channels // norm.groups]
 
-    def of_group(per_channel: ov.Node) -> ov.Node:
-        """[B, C] → [B, C]: every channel's value becomes its group's mean."""
-        return ops.matmul(per_channel, average, transpose_a=False, transpose_b=False)
+    def mean_of_groups(x: ov.Node) -> ov.Node:
+        """[B, C, H, W] → [B, groups, 1]."""
+        of_channels = ops.reduce_mean(x, np.array([2, 3]), keep_dims=False)
+        return ops.reduce_mean(_reshape(of_channels, grouped), np.array([2]), keep_dims=True)
 
-    mean = of_group(ops.reduce_mean(norm.x, pixels, keep_dims=False))
-    centred = ops.subtract(norm.x, ops.reshape(mean, whole, special_zero=False))
-    variance = of_group(ops.reduce_mean(ops.multiply(centred, centred), pixels, keep_dims=False))
-    scale = ops.multiply(ops.power(ops.add(variance, np.float32(norm.epsilon)), np.float32(-0.5)), norm.scale[None])
-    scaled = ops.multiply(centred, ops.reshape(scale, whole, special_zero=False))
+    def per_channel(x: ov.Node) -> ov.Node:
+        """[B, groups, C/groups] → [B, C, 1, 1]."""
+        return _reshape(x, [batch, channels, 1, 1])
+
+    spread = np.zeros((1, *grouped[1:]), np.float32)  # adding it repeats a group's value for its channels
+    centred = ops.subtract(norm.x, per_channel(ops.add(mean_of_groups(norm.x), spread)))
+    variance = mean_of_groups(ops.multiply(centred, centred))
+    inverse = ops.power(ops.add(variance, np.float32(norm.epsilon)), np.float32(-0.5))
+    scaled = ops.multiply(centred, per_channel(ops.multiply(inverse, norm.scale.reshape(1, *grouped[1:]))))
     return ops.add(scaled, norm.shift.reshape(1, channels, 1, 1)).output(0)
+
+
+def _reshape(x: ov.Node, shape: list[int]) -> ov.Node:
+    return ops.reshape(x, np.array(shape), special_zero=False)
 
 
 def _producer(node: ov.Node) -> ov.Node:
