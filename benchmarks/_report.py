@@ -69,14 +69,14 @@ class Benchmark:
         """Measure and write.
 
         Raises:
-            OutputError: the result exists already.
+            OutputError: the result exists already, or was begun on another machine or with other libraries.
         """
         record = new_record(self.name, arguments.machine)
         path = arguments.output or path_of(record)
         if path.exists() and not self.resumes:
             raise OutputError(f"{path} exists already; choose another --output")
         if path.exists():
-            record = load(path, self.name)
+            record = resumed(load(path, self.name), record)
         self.measure(arguments, record, lambda: self.save(record, path))
         self.save(record, path)
         print(f"{self.details(record)}\n\nwritten: {path} and what goes with it")
@@ -117,6 +117,20 @@ def load(path: Path, benchmark: str) -> Record:
         raise OutputError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("benchmark") != benchmark:
         raise OutputError(f"{path} is not a result of benchmarks.{benchmark}")
+    return record
+
+
+def resumed(record: Record, fresh: Record) -> Record:
+    """A result that is gone on with, by a commit that it names beside its own.
+
+    Raises:
+        OutputError: it was begun on another machine or with other libraries: its parts could not be compared.
+    """
+    begun, here = record["environment"], fresh["environment"]
+    differing = [key for key in ("cpu", "cpu_features", "cores", "versions") if begun[key] != here[key]]
+    if differing:
+        raise OutputError(f"the result was begun with another {', '.join(differing)}; start a new one")
+    record.setdefault("resumed", []).append({key: here[key] for key in ("date", "commit")})
     return record
 
 
