@@ -1,14 +1,17 @@
 """The READMEs show what the newest committed result of each benchmark says."""
 
+import copy
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from benchmarks import _report, robustness, swap_cost
+from benchmarks import _report, peers, robustness, scaling, strategy_latency, subnetwork_latency, swap_cost
+from ddsm_engine.errors import OutputError
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (robustness.BENCHMARK, swap_cost.BENCHMARK)}
+MODULES = (subnetwork_latency, strategy_latency, peers, swap_cost, scaling, robustness)
+BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in MODULES}
 
 
 def committed_results(name: str) -> list[Path]:
@@ -27,3 +30,21 @@ def test_the_readmes_show_the_newest_result(name: str) -> None:
     for readme, block in BENCHMARKS[name].blocks(newest).items():
         found = _report.block_of(readme.read_text(encoding="utf-8"), name)
         assert found == block, f"python -m benchmarks.{name} --update-readme FILE"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_result_is_committed_with_what_is_made_of_it(name: str) -> None:
+    for path in committed_results(name):
+        suffixes = [".md", *([".png"] if BENCHMARKS[name].draw else [])]
+        assert all(path.with_suffix(suffix).is_file() for suffix in suffixes), path
+        assert BENCHMARKS[name].details(_report.load(path, name)) in path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_result_is_only_gone_on_with_where_it_was_begun() -> None:
+    fresh = _report.new_record("scaling", None)
+    record = copy.deepcopy(fresh) | {"part": 1}
+    assert _report.resumed(record, fresh)["part"] == 1
+    assert record["resumed"] == [{key: fresh["environment"][key] for key in ("date", "commit")}]
+    record["environment"] |= {"cores": 999}
+    with pytest.raises(OutputError, match="begun with another cores"):
+        _report.resumed(record, fresh)
