@@ -37,11 +37,11 @@ from ddsm_engine.plan import Plan
 from ddsm_engine.scheduler import Scheduler
 from ddsm_engine.spec import EIGHTHS
 
-MIN_CALLS: Final = 5
+MIN_CALLS: Final = 4
 """Of a run in a turn, so that the first ones, which find others' weights in the caches, do not make the figure."""
 
-ISOLATED_REPEATS: Final = 5
-"""Calls of each variant in a turn, after one that is not counted."""
+ISOLATED_REPEATS: Final = 3
+"""Calls of each variant in a turn, one right after the other as in a run, after one that is not counted."""
 
 PAUSE_S: Final = 0.02
 """Before each run's turn, not counted: worker threads that still spin for more work would take the next one's cores."""
@@ -59,7 +59,7 @@ class Settings:
     """
 
     calls: int = 100
-    chunk: int = 50
+    chunk: int = 10
     uniform_calls: int = 20
 
 
@@ -99,7 +99,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bundle", type=Path, help="folder to reuse, or to leave it in (default: temporary)")
     p.add_argument("--batch-size", default="1,16", metavar="N,…", help="images at a time (default 1,16)")
     p.add_argument("--calls", type=int, default=100, help="of a run; 1000 is DDPM, as published (default 100)")
-    p.add_argument("--chunk", type=int, default=50, help="calls of a run before the next one's turn (default 50)")
+    p.add_argument("--chunk", type=int, default=10, help="calls of a run before the next one's turn (default 10)")
     p.add_argument(
         "--uniform-calls", type=int, default=20,
         help=f"of every run but the full width and the strategy, whose seconds are scaled; {MIN_CALLS} a turn at least "
@@ -203,14 +203,15 @@ def take_turns(
     bundle, start = pipe.bundle, torch.from_numpy(isolated.x)
     tallies = {name: Tally() for name in (*plans, *walks)}
     for whole, part in turns(settings):
-        timings = time_in_turns(
-            {variant: engine.run for variant, engine in isolated.engines.items()}, repeats=ISOLATED_REPEATS, warmup=1
-        )
+        isolated_ms = {
+            variant: time_in_turns({variant: engine.run}, repeats=ISOLATED_REPEATS, warmup=1)[variant].median_ms
+            for variant, engine in isolated.engines.items()
+        }
         for name, plan in plans.items():
             own = some_calls(plan, whole if name in (FULL, SEARCHED) else part)
             time.sleep(PAUSE_S)
             drawn = draw_batch(pipe, own, len(isolated.x))
-            isolated_s = sum(timings[variant].median_ms for variant in own.variants) / 1e3
+            isolated_s = sum(isolated_ms[variant] for variant in own.variants) / 1e3
             tallies[name].add(bundle, own, drawn.latency_ms / 1e3, drawn.engine_ms / 1e3, isolated_s)
         own = some_calls(plans[FULL], part)
         for name, walk in walks.items():

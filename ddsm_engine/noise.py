@@ -85,7 +85,8 @@ class SeededNoise:
     def fill(self, out: NDArray[np.float32], stream: int, call: int) -> None:
         """Overwrite ``out`` [B, C, H, W], C-contiguous, with standard normals."""
         images, elements = len(out), out[0].size
-        shape = (max(1, AHEAD // images), images, -(-elements // 4))
+        ahead = 1 if stream == INITIAL else max(1, AHEAD // images)
+        shape = (ahead, images, -(-elements // 4))
         if self._buffers is None or self._buffers.shape != shape:
             self._buffers, self._drawn = _Buffers(shape), (stream, range(0))
         drawn, calls = self._drawn

@@ -47,6 +47,9 @@ def measure_latency(
 ) -> list[LatencyRow]:
     """Time every variant in turns on random inputs; the full width must be among them.
 
+    A turn is two calls and the second one counts: most calls of a run follow one of the same variant. What the first
+    call after a swap costs beyond that is another question (``benchmarks.swap_cost``).
+
     Raises:
         BackendError: a variant whose output is not finite.
     """
@@ -62,7 +65,8 @@ def measure_latency(
             engine.run()
             if not np.isfinite(output).all():
                 raise BackendError(f"{identifier} on {backend} returned values that are not finite; it was not timed")
-        timings = time_in_turns({identifier: engine.run for identifier, engine in engines.items()}, repeats=repeats)
+        runs = {identifier: engine.run for identifier, engine in engines.items()}
+        timings = time_in_turns(runs, repeats=repeats, settle=1)
     finally:
         for engine in engines.values():
             engine.close()

@@ -26,14 +26,20 @@ class Timing:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int = 30, warmup: int = 3, budget_s: float = 60.0
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    settle: int = 0,
+    budget_s: float = 60.0,
 ) -> dict[str, Timing]:
     """Time several calls A B C A B C …, so that a machine whose speed drifts treats them alike.
 
     Args:
         calls: What to time, by name.
         repeats: Rounds, at most.
-        warmup: Calls of each that are not counted.
+        warmup: Calls of each that are not counted, before all else.
+        settle: Calls that are not counted before each one that is: what the others left in the caches is then gone.
         budget_s: Stop after the round in which this many seconds have passed (three rounds at least).
     """
     for call in calls.values():
@@ -45,6 +51,8 @@ def time_in_turns(
         if done >= 3 and time.perf_counter() - started > budget_s:
             break
         for name, call in calls.items():
+            for _ in range(settle):
+                call()
             before = time.perf_counter_ns()
             call()
             samples[name].append((time.perf_counter_ns() - before) / 1e6)

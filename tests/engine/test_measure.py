@@ -49,6 +49,24 @@ def test_contenders_take_turns_and_the_warm_up_is_not_counted(monkeypatch: pytes
     assert timings["b"].median_ms == 10.0, "one slow call does not move the median"
 
 
+def test_a_call_that_settles_the_caches_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(monkeypatch), []
+
+    def contender(name: str) -> object:
+        def call() -> None:
+            follows_itself = bool(order) and order[-1] == name
+            order.append(name)
+            clock.ns += (1 if follows_itself else 50) * 1_000_000
+
+        return call
+
+    calls = {"a": contender("a"), "b": contender("b")}
+    timings = time_in_turns(calls, repeats=4, warmup=0, settle=1)  # type: ignore[arg-type]
+    assert "".join(order) == "aabb" * 4
+    assert [timing.median_ms for timing in timings.values()] == [1.0, 1.0]
+    assert [timing.repeats for timing in timings.values()] == [4, 4]
+
+
 def test_a_budget_ends_the_rounds_but_never_before_the_third(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
 
