@@ -132,7 +132,7 @@ class Pipeline:
         table = make_sampler(sampler, manifest.noise_schedule, steps, eta=eta, clip_sample=clip_sample)
         return compile_plan(resolved, table, manifest.variants, self.bundle.time_table())
 
-    def choose_backend(self, plan: Plan, batch_size: int) -> str:
+    def settle_backend(self, plan: Plan, batch_size: int) -> str:
         """Settle which backend runs a plan, and keep it in ``backend``; ``auto`` asks what was measured."""
         if self._is_auto:
             fastest = fastest_backend(self.bundle, plan.variants, self.options, batch_size)
@@ -248,7 +248,7 @@ class Pipeline:
 
     def _scheduler(self, plan: Plan, batch_size: int) -> Scheduler:
         spec = self.bundle.manifest.spec
-        key = self.choose_backend(plan, batch_size), batch_size
+        key = self.settle_backend(plan, batch_size), batch_size
         scheduler = self._schedulers.get(key)
         if scheduler is None:
             scheduler = self._schedulers[key] = Scheduler((batch_size, *spec.sample_shape), spec.time_features)

@@ -189,7 +189,7 @@ class _Job:
             "clip_sample": a.clip_sample,
             "seed": a.seed,
             "batch_size": self.batch_size,
-            "backend": self.pipeline.choose_backend(self.plan, self.batch_size),
+            "backend": self.pipeline.settle_backend(self.plan, self.batch_size),
             "precision": a.precision,
         }
 
