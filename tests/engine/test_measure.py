@@ -50,7 +50,8 @@ def test_contenders_take_turns_and_the_warm_up_is_not_counted(monkeypatch: pytes
 
 
 def test_a_call_that_settles_the_caches_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = Clock(monkeypatch), []
+    clock = Clock(monkeypatch)
+    order: list[str] = []
 
     def contender(name: str) -> object:
         def call() -> None:
