@@ -71,7 +71,7 @@ def test_net_r_divides_by_what_others_make_of_the_full_width() -> None:
 
 @pytest.mark.parametrize(
     ("calls", "chunk", "few", "whole", "part"),
-    [(100, 50, 20, [50, 50], [10, 10]), (7, 3, 1, [3, 2, 2], [3, 2, 2]), (1000, 500, 8, [500, 500], [5, 5])],
+    [(100, 50, 20, [50, 50], [10, 10]), (7, 3, 1, [3, 2, 2], [3, 2, 2]), (1000, 500, 8, [500, 500], [4, 4])],
 )
 def test_every_call_has_its_turn_once(calls: int, chunk: int, few: int, whole: list[int], part: list[int]) -> None:
     taken = list(turns(Settings(calls=calls, chunk=chunk, uniform_calls=few)))
