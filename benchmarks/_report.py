@@ -34,7 +34,7 @@ class Benchmark:
         options: Adds the command's own options.
         measure: Fills the record, and calls its third argument whenever a part of it is worth keeping.
         details: The record as Markdown without a heading.
-        blocks: What stands between the markers of which README.
+        summary: The few lines of it that the project's README shows; None where it shows none.
         draw: Draws the record on a matplotlib figure; None where a picture would say no more than the table.
         resumes: Whether ``measure`` goes on with a record that holds some parts already.
     """
@@ -44,7 +44,7 @@ class Benchmark:
     options: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[argparse.Namespace, Record, Callable[[], None]], None]
     details: Callable[[Record], str]
-    blocks: Callable[[Record], Mapping[Path, str]]
+    summary: Callable[[Record], str] | None = None
     draw: "Callable[[Record, Figure], None] | None" = None
     resumes: bool = False
 
@@ -64,6 +64,11 @@ class Benchmark:
         if arguments.update_readme is not None:
             return guarded(lambda: update_readmes(self.name, self.blocks(load(arguments.update_readme, self.name))))
         return guarded(lambda: self.run(arguments))
+
+    def blocks(self, record: Record) -> dict[Path, str]:
+        """What stands between the markers of which README."""
+        shown = {README: self.details(record)}
+        return shown | {ROOT / "README.md": self.summary(record)} if self.summary else shown
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure and write.
@@ -181,6 +186,22 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table whose first column is text and whose others are figures."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *lines])
+
+
+def times(ratio: float) -> str:
+    """A speed-up."""
+    return f"{ratio:.2f}x"
+
+
+def percent(share: float) -> str:
+    """A share."""
+    return f"{100 * share:.0f} %"
+
+
+def spread(timing: Mapping[str, float], per: float = 1.0) -> str:
+    """A median with its 20th and 80th percentile, divided by something, such as the images of a call."""
+    median, low, high = (timing[name] / per for name in ("median_ms", "p20_ms", "p80_ms"))
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def has_block(text: str, name: str) -> bool:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from benchmarks._report import Record, machine_line, table
+from benchmarks._report import Record, machine_line, spread, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def _batch_table(rows: Sequence[Record]) -> str:
     lines = []
     for batch in dict.fromkeys(row["batch"] for row in rows):
         own = [row for row in rows if row["batch"] == batch]
-        lines.append([str(batch), *(_spread(row["timing"], batch) for row in own), *(_mb(row) for row in own)])
+        lines.append([str(batch), *(spread(row["timing"], batch) for row in own), *(_mb(row) for row in own)])
     return table(head, lines)
 
 
@@ -68,7 +68,7 @@ def _size_table(rows: Sequence[Record]) -> str:
         whole = full[row["image_size"]]
         lines.append([
             f"{row['image_size']}x{row['image_size']}, {row['eighths']}/8", f"{row['gflops']:.3f}",
-            f"{whole['gflops'] / row['gflops']:.2f}x", _spread(row["timing"], 1),
+            f"{whole['gflops'] / row['gflops']:.2f}x", spread(row["timing"], 1),
             f"{whole['timing']['median_ms'] / row['timing']['median_ms']:.2f}x", _mb(row),
         ])  # fmt: skip
     return table(head, lines)
@@ -87,7 +87,7 @@ def _steps_table(record: Record) -> str:
         for row in of_steps:
             took = row["timing"]["median_ms"]
             host_share = 1 - row["engine_ms"] / took
-            line += [_spread(row["timing"], 1e3), f"{took / row['steps']:.2f}", f"{100 * host_share:.1f} %"]
+            line += [spread(row["timing"], 1e3), f"{took / row['steps']:.2f}", f"{100 * host_share:.1f} %"]
         lines.append(line)
     return table(head, lines)
 
@@ -124,10 +124,6 @@ def _resident_series(record: Record) -> dict[str, list[Record]]:
 
 def _name(record: Record, backend: str) -> str:
     return f"{NAMES.get(backend, backend)} {record['settings']['precisions'][backend]}"
-
-
-def _spread(timing: Mapping[str, float], per: float) -> str:
-    return f"{timing['median_ms'] / per:.2f} ({timing['p20_ms'] / per:.2f} to {timing['p80_ms'] / per:.2f})"
 
 
 def _mb(row: Record) -> str:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from benchmarks._report import Record, machine_line, table
+from benchmarks._report import Record, machine_line, percent, table, times
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,14 +39,14 @@ def summary(record: Record) -> str:
     for found in record["targets"]:
         full, own = found["runs"][FULL], found["runs"][SEARCHED]
         lines.append([
-            _name(found), f"{full['s_per_image']:.2f}", f"{own['s_per_image']:.2f}", _times(own["theoretical"]),
-            _times(own["realised"]), f"{own['r']:.2f}", _percent(full["mfu"]), f"{found['net_r']:.2f}",
+            _name(found), f"{full['s_per_image']:.2f}", f"{own['s_per_image']:.2f}", times(own["theoretical"]),
+            times(own["realised"]), f"{own['r']:.2f}", percent(full["mfu"]), f"{found['net_r']:.2f}",
         ])  # fmt: skip
     published = record["published"]
     theoretical = published["full_gflops_conv_linear"] / published["strategy_gflops_conv_linear"]
     lines.append([
         f"published, {published['device']}", f"{published['full_s']:.2f}", f"{published['strategy_s']:.2f}",
-        f"{_times(theoretical)} (conv+linear)", _times(published["full_s"] / published["strategy_s"]),
+        f"{times(theoretical)} (conv+linear)", times(published["full_s"] / published["strategy_s"]),
         f"{published['r']:.2f}", "-", "-",
     ])  # fmt: skip
     head = ["engines", "full width, s per image", "strategy, s per image", "theoretical", "realised", "R"]
@@ -82,12 +82,12 @@ def draw(record: Record, figure: "Figure") -> None:
 
 
 def _pace(run: Record) -> list[str]:
-    return [str(run["calls"]), f"{run['s_per_image']:.2f}", f"{run['images_per_s']:.3f}", _percent(run["mfu"])]
+    return [str(run["calls"]), f"{run['s_per_image']:.2f}", f"{run['images_per_s']:.3f}", percent(run["mfu"])]
 
 
 def _cells(run: Record) -> list[str]:
     return [
-        *_pace(run), _times(run["theoretical"]), _times(run["realised"]), f"{run['r']:.2f}",
+        *_pace(run), times(run["theoretical"]), times(run["realised"]), f"{run['r']:.2f}",
         f"{run['predicted_s_per_image']:.2f}", f"{run['measured_over_predicted']:.3f}",
         f"{run['host_us_per_call']:.0f}", f"{100 * run['host_share']:.1f} %",
     ]  # fmt: skip
@@ -119,8 +119,8 @@ def _headline(record: Record) -> str:
     full, own = found["runs"][FULL], found["runs"][SEARCHED]
     return (
         f"**{_name(found)}: {full['s_per_image']:.2f} s per image at full width, {own['s_per_image']:.2f} s with the "
-        f"published strategy.** Theoretical {_times(own['theoretical'])}, realised {_times(own['realised'])}: "
-        f"R = {own['r']:.2f}, with the full width at {_percent(full['mfu'])} MFU of this machine's own "
+        f"published strategy.** Theoretical {times(own['theoretical'])}, realised {times(own['realised'])}: "
+        f"R = {own['r']:.2f}, with the full width at {percent(full['mfu'])} MFU of this machine's own "
         f"{found['peak_gflops']:.0f} GFLOP/s. {_net_line(found)}"
     )
 
@@ -143,11 +143,3 @@ def _calls(record: Record) -> str:
 
 def _name(found: Record) -> str:
     return f"{found['backend']} {found['precision']}, batch {found['batch']}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from ddsm_engine.bundle import MANIFEST, Bundle
+from ddsm_engine.bundle import MANIFEST, Bundle, Variant
 from ddsm_engine.errors import BundleError
 from ddsm_engine.networks.slicing import empty_unet
 from ddsm_engine.noise_schedule import NoiseSchedule
@@ -88,6 +89,16 @@ def cifar10_bundle(folder: Path | None, eighths: Sequence[int] = EIGHTHS, spec: 
         if bundle.manifest.spec != spec or not set(widths) <= present:
             raise BundleError(f"{path} is a bundle of another network or lacks a width; name another --bundle folder")
         yield bundle
+
+
+def eighths_of(bundle: Bundle, variant: Variant) -> Fraction:
+    """A variant's width in eighths of the full one."""
+    return Fraction(8 * variant.width, bundle.manifest.spec.base_channels)
+
+
+def variants_of(bundle: Bundle, eighths: Sequence[int]) -> list[Variant]:
+    """The variants of these eighths of the full width, narrowest first."""
+    return [variant for variant in bundle.manifest.variants if eighths_of(bundle, variant) in eighths]
 
 
 def some_calls(plan: Plan, calls: Sequence[int]) -> Plan:

@@ -40,7 +40,7 @@ from benchmarks._contenders import (
     Walk,
     even_walk,
 )
-from benchmarks._report import README, ROOT, Benchmark, Record
+from benchmarks._report import Benchmark, Record
 from benchmarks.cifar10 import CIFAR10, SCHEDULE, SEED, STRATEGY, cifar10_bundle, say
 from benchmarks.dynamic_torch import DynamicUNet, dynamic_unet_from_bundle
 from ddsm_engine.bundle import Bundle
@@ -402,7 +402,7 @@ BENCHMARK: Final = Benchmark(
     options=options,
     measure=measure,
     details=_peers_report.details,
-    blocks=lambda record: {README: _peers_report.details(record), ROOT / "README.md": _peers_report.summary(record)},
+    summary=_peers_report.summary,
     draw=_peers_report.draw,
 )
 

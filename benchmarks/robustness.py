@@ -17,8 +17,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Final
 
-from benchmarks._report import README, ROOT, Benchmark, Record, machine_line, table
-from ddsm_engine.backends import REFERENCE, installed_backends
+from benchmarks._report import Benchmark, Record, machine_line, table
+from ddsm_engine.backends import artefact_backends
 from ddsm_engine.errors import OutputError
 from tests.robustness import processes
 
@@ -50,8 +50,7 @@ def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], No
             "races": lambda: call("races", "--bundle", bundle, "--races", arguments.races),
             "soak": lambda: [
                 call("soak", "--bundle", bundle, "--backend", backend, "--calls", arguments.calls)
-                for backend in installed_backends()
-                if backend != REFERENCE
+                for backend in artefact_backends()
             ],
             "fuzz": lambda: {reader: fuzz(reader, seconds, Path(folder)) for reader in READERS},
         }
@@ -165,7 +164,7 @@ BENCHMARK: Final = Benchmark(
     options=options,
     measure=measure,
     details=details,
-    blocks=lambda record: {ROOT / "README.md": summary(record), README: details(record)},
+    summary=summary,
     resumes=True,
 )
 

@@ -19,17 +19,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from benchmarks._report import README, ROOT, Benchmark, Record
+from benchmarks._report import ROOT, Benchmark, Record
 from benchmarks._scaling_report import details, draw, summary
-from benchmarks.cifar10 import CIFAR10, SEED, STRATEGY, cifar10_bundle, say
-from ddsm_engine.backends import INSTALL, REFERENCE, engine_target, installed_backends, open_engine
+from benchmarks.cifar10 import CIFAR10, SEED, STRATEGY, cifar10_bundle, eighths_of, say, variants_of
+from ddsm_engine.backends import INSTALL, REFERENCE, artefact_backends, engine_target, open_engine
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import MANIFEST, Bundle, Parity, Variant
 from ddsm_engine.cost import gflops
@@ -75,7 +74,7 @@ def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], No
         OutputError: the result was begun with other options or precisions, or the folder is itself a bundle.
         BackendError: no backend is installed, or one that does not compute what the reference does.
     """
-    names = [name for name in installed_backends() if name != REFERENCE]
+    names = artefact_backends()
     if not names:
         raise BackendError(f"no backend is installed that runs a bundle's artefacts: {INSTALL['onnxruntime']}")
     precisions = {name: str(engine_target(name, EngineOptions(), 1)["precision"]) for name in names}
@@ -329,19 +328,6 @@ def in_fresh_process(module: str, *words: object, cache_folder: Path) -> str:
     return process.stdout
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
-def variants_of(bundle: Bundle, eighths: Sequence[int]) -> list[Variant]:
-    """The variants of these eighths of the full width, narrowest first."""
-    return [variant for variant in bundle.manifest.variants if eighths_of(bundle, variant) in eighths]
-
-
-def eighths_of(bundle: Bundle, variant: Variant) -> Fraction:
-    """A variant's width in eighths of the full one."""
-    return Fraction(8 * variant.width, bundle.manifest.spec.base_channels)
-
-
 def _positive(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
         raise argparse.ArgumentTypeError("expected a whole number from 1 to 99999")
@@ -358,7 +344,7 @@ BENCHMARK: Final = Benchmark(
     options=options,
     measure=measure,
     details=details,
-    blocks=lambda record: {ROOT / "README.md": summary(record), README: details(record)},
+    summary=summary,
     draw=draw,
     resumes=True,
 )

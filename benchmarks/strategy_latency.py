@@ -19,12 +19,12 @@ from typing import Final
 import numpy as np
 import torch
 
-from benchmarks._report import README, ROOT, Benchmark, Record
+from benchmarks._report import Benchmark, Record
 from benchmarks._strategy_latency_report import FULL, SEARCHED, details, draw, summary
 from benchmarks._torch_walks import Walk, check_answers, draw_batch, make_walks
 from benchmarks.cifar10 import PUBLISHED, SCHEDULE, SEED, STRATEGY, cifar10_bundle, say, some_calls
 from benchmarks.dynamic_torch import draw_noise
-from ddsm_engine.backends import REFERENCE, installed_backends, open_engine
+from ddsm_engine.backends import artefact_backends, open_engine
 from ddsm_engine.bench import batch_sizes
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cost import gflops
@@ -119,8 +119,8 @@ def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], No
     record |= {"calls": settings.calls, "timesteps": SCHEDULE.timesteps, "chunk": settings.chunk}
     record |= {"published": PUBLISHED, "targets": []}
     with cifar10_bundle(arguments.bundle) as bundle:
-        for backend in installed_backends():
-            for batch in batches if backend != REFERENCE else ():
+        for backend in artefact_backends():
+            for batch in batches:
                 say(f"{backend}, batch {batch}")
                 record["targets"].append(measure_target(bundle, backend, batch, settings))
                 save()
@@ -289,7 +289,7 @@ BENCHMARK: Final = Benchmark(
     options=options,
     measure=measure,
     details=details,
-    blocks=lambda record: {README: details(record), ROOT / "README.md": summary(record)},
+    summary=summary,
     draw=draw,
 )
 

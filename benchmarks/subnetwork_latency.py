@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks._report import README, ROOT, Benchmark, Record, machine_line, table
+from benchmarks._report import Benchmark, Record, machine_line, percent, spread, table, times
 from benchmarks.cifar10 import cifar10_bundle, say
 from ddsm_engine.backends import REFERENCE, open_engine
 from ddsm_engine.backends.engine import Arrays, EngineOptions, Precision
@@ -186,8 +186,8 @@ def details(record: Record) -> str:
 def _cells(row: Mapping[str, float]) -> list[str]:
     return [
         str(row["width"]), f"{row['gflops']:.3f}",
-        f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})", f"{row['ms_per_image']:.2f}",
-        f"{row['gflops_per_s']:.1f}", _percent(row["mfu"]), _times(row["theoretical"]), _times(row["measured"]),
+        spread(row), f"{row['ms_per_image']:.2f}",
+        f"{row['gflops_per_s']:.1f}", percent(row["mfu"]), times(row["theoretical"]), times(row["measured"]),
     ]  # fmt: skip
 
 
@@ -204,9 +204,9 @@ def summary(record: Record) -> str:
         head += [f"batch {found['target']['batch']}, ms an image", "measured", "MFU"]
     lines = []
     for rows in zip(*(found["rows"] for found in shown), strict=True):
-        cells = [rows[0]["width"], f"{rows[0]['gflops']:.3f}", _times(rows[0]["theoretical"])]
+        cells = [rows[0]["width"], f"{rows[0]['gflops']:.3f}", times(rows[0]["theoretical"])]
         for row in rows:
-            cells += [f"{row['ms_per_image']:.1f}", _times(row["measured"]), _percent(row["mfu"])]
+            cells += [f"{row['ms_per_image']:.1f}", times(row["measured"]), percent(row["mfu"])]
         lines.append(cells)
     peaks = " and ".join(f"{found['peak_gflops']:.0f}" for found in shown)
     line = (
@@ -250,21 +250,13 @@ def _name(found: Record) -> str:
     return "{backend} {precision}, batch {batch}".format_map(found["target"])
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 BENCHMARK: Final = Benchmark(
     name="subnetwork_latency",
     doc=__doc__ or "",
     options=options,
     measure=measure,
     details=details,
-    blocks=lambda record: {README: details(record), ROOT / "README.md": summary(record)},
+    summary=summary,
     draw=draw,
 )
 

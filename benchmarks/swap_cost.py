@@ -12,15 +12,14 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from benchmarks._report import README, Benchmark, Record, machine_line, table
-from benchmarks.cifar10 import cifar10_bundle
-from ddsm_engine.backends import REFERENCE, installed_backends, open_engine
+from benchmarks._report import Benchmark, Record, machine_line, spread, table
+from benchmarks.cifar10 import cifar10_bundle, variants_of
+from ddsm_engine.backends import artefact_backends, open_engine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.measure.timing import summarise
@@ -45,10 +44,9 @@ def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], No
     """Measure every pair on every backend installed but the eager reference."""
     record |= {"batch": arguments.batch_size, "backends": {}}
     with cifar10_bundle(arguments.bundle, EIGHTHS) as bundle:
-        for backend in installed_backends():
-            if backend != REFERENCE:
-                record["backends"][backend] = measure_pairs(bundle, backend, arguments.batch_size, arguments.rounds)
-                save()
+        for backend in artefact_backends():
+            record["backends"][backend] = measure_pairs(bundle, backend, arguments.batch_size, arguments.rounds)
+            save()
 
 
 def measure_pairs(bundle: Bundle, backend: str, batch: int, rounds: int) -> Record:
@@ -58,7 +56,7 @@ def measure_pairs(bundle: Bundle, backend: str, batch: int, rounds: int) -> Reco
         BackendError: a state that is not finite, which no image would be either.
     """
     spec, options = bundle.manifest.spec, EngineOptions()
-    chosen = [v for v in bundle.manifest.variants if Fraction(8 * v.width, spec.base_channels) in EIGHTHS]
+    chosen = variants_of(bundle, EIGHTHS)
     scheduler = Scheduler((batch, *spec.sample_shape), spec.time_features)
     try:
         for variant in chosen:
@@ -106,7 +104,7 @@ def details(record: Record) -> str:
     for backend, found in record["backends"].items():
         lines = [
             [
-                f"{pair['from_width']} → {pair['width']}", _spread(pair["inside"]), _spread(pair["first"]),
+                f"{pair['from_width']} → {pair['width']}", spread(pair["inside"]), spread(pair["first"]),
                 f"{_extra_ms(pair):+.2f}", f"{100 * _extra_ms(pair) / pair['inside']['median_ms']:+.0f} %",
                 f"{1e3 * pair['gap_inside']['median_ms']:.0f} → {1e3 * pair['gap_first']['median_ms']:.0f}",
             ]
@@ -121,17 +119,12 @@ def _extra_ms(pair: Mapping[str, Mapping[str, float]]) -> float:
     return pair["first"]["median_ms"] - pair["inside"]["median_ms"]
 
 
-def _spread(timing: Mapping[str, float]) -> str:
-    return f"{timing['median_ms']:.2f} ({timing['p20_ms']:.2f} to {timing['p80_ms']:.2f})"
-
-
 BENCHMARK: Final = Benchmark(
     name="swap_cost",
     doc=__doc__ or "",
     options=options,
     measure=measure,
     details=details,
-    blocks=lambda record: {README: details(record)},
 )
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddsm_engine.backends import BACKENDS, REFERENCE, choose_backend, engine_target, installed_backends
+from ddsm_engine.backends import BACKENDS, REFERENCE, artefact_backends, choose_backend, engine_target
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cli import guarded
@@ -114,9 +114,7 @@ def choose_targets(backend: str | None, batches: Sequence[int], options: EngineO
         name = choose_backend(backend, options.device)
         return [engine_target(name, options, batch) for batch in batches]
     targets: list[Target] = []
-    for name in installed_backends():
-        if name == REFERENCE:
-            continue
+    for name in artefact_backends():
         try:
             targets += [engine_target(name, options, batch) for batch in batches]
         except BackendError as error:

@@ -25,6 +25,11 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if importlib.util.find_spec(name) is not None)
 
 
+def artefact_backends() -> tuple[str, ...]:
+    """Those of them that read a bundle's artefacts: all but the reference."""
+    return tuple(name for name in installed_backends() if name != REFERENCE)
+
+
 def choose_backend(name: str, device: str) -> str:
     """Resolve ``auto`` and check that the library is there.
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from ddsm_engine.backends import REFERENCE, engine_target, installed_backends
+from ddsm_engine.backends import artefact_backends, engine_target
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import BackendError, BundleError
@@ -25,9 +25,7 @@ def fastest_backend(bundle: Bundle, calls: Sequence[str], options: EngineOptions
         Its name, or None unless every backend that could run here was measured with these options.
     """
     took_ms: dict[str, float] = {}
-    for name in installed_backends():
-        if name == REFERENCE:
-            continue
+    for name in artefact_backends():
         try:
             target = engine_target(name, options, batch)
         except BackendError:

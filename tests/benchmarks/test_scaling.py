@@ -238,7 +238,7 @@ def exported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
         yield bundle
 
     monkeypatch.setattr(scaling, "cifar10_bundle", stand_in)
-    monkeypatch.setattr(scaling, "installed_backends", lambda: ("onnxruntime", "torch"))
+    monkeypatch.setattr("ddsm_engine.backends.installed_backends", lambda: ("onnxruntime", "torch"))
     return asked
 
 

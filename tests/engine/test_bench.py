@@ -249,7 +249,7 @@ def test_what_cannot_be_timed_is_refused(
 def test_nothing_to_time_is_refused(
     path: Path, measured: Measured, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(bench, "installed_backends", lambda: installed)
+    monkeypatch.setattr("ddsm_engine.backends.installed_backends", lambda: installed)
     assert "no backend here computes in auto" in refusal(bench.main, path)
 
 
