@@ -20,15 +20,16 @@ from ddsm_engine.untrusted import one_line
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 
-_core: ov.Core | None = None
+# Engines are opened side by side. The bindings find numpy when they first hand over an array, under two locks; two
+# threads that are the first at once wait for each other for ever. While a module is imported there is one.
+ov.op.Constant(np.zeros(1, np.float32)).get_data()
+
+_CORE = ov.Core()
 
 
 def core() -> ov.Core:
-    """The process's one OpenVINO core."""
-    global _core  # noqa: PLW0603 - plugins are loaded once a process
-    if _core is None:
-        _core = ov.Core()
-    return _core
+    """The process's one OpenVINO core: plugins are loaded once."""
+    return _CORE
 
 
 def resolve_precision(options: EngineOptions) -> str:
