@@ -19,7 +19,7 @@ from ddsm_engine.measure.choice import fastest_backend
 from ddsm_engine.measure.environment import cores
 from ddsm_engine.noise import INITIAL, SeededNoise
 from ddsm_engine.plan import Plan, compile_plan
-from ddsm_engine.sampler import make_sampler
+from ddsm_engine.samplers import SamplerLike, make_sampler
 from ddsm_engine.scheduler import OnCall, Scheduler
 from ddsm_engine.strategy import Strategy, parse_uniform
 from ddsm_engine.trace import Trace, TraceSegment, segments_from_clock
@@ -75,6 +75,7 @@ class Pipeline:
         self.bundle, self.backend, self.options = bundle, choose_backend(backend, options.device), options
         self.open_ms = 0.0
         self._is_auto = backend == "auto"
+        self._settled: dict[tuple[tuple[str, ...], int], str] = {}
         self._schedulers: dict[tuple[str, int], Scheduler] = {}
         self._lock = threading.Lock()
 
@@ -120,7 +121,7 @@ class Pipeline:
     def plan(
         self,
         strategy: Strategy | str | Path,
-        sampler: str = "ddpm",
+        sampler: SamplerLike | None = None,
         steps: int | None = None,
         *,
         eta: float | None = None,
@@ -129,20 +130,30 @@ class Pipeline:
         """The calls that a run of these arguments makes; see ``__call__``."""
         manifest = self.bundle.manifest
         resolved = strategy if isinstance(strategy, Strategy) else self.strategy(strategy)
-        table = make_sampler(sampler, manifest.noise_schedule, steps, eta=eta, clip_sample=clip_sample)
-        return compile_plan(resolved, table, manifest.variants, self.bundle.time_table())
+        calls = make_sampler(
+            (self.bundle.scheduler_config() or "ddpm") if sampler is None else sampler,
+            manifest.noise_schedule,
+            steps,
+            prediction_type=manifest.prediction_type,
+            eta=eta,
+            clip_sample=clip_sample,
+        )
+        return compile_plan(resolved, calls, manifest.variants, self.bundle.time_tables())
 
     def settle_backend(self, plan: Plan, batch_size: int) -> str:
         """Settle which backend runs a plan, and keep it in ``backend``; ``auto`` asks what was measured."""
         if self._is_auto:
-            fastest = fastest_backend(self.bundle, plan.variants, self.options, batch_size)
-            self.backend = fastest or choose_backend("auto", self.options.device)
+            asked = plan.variants, batch_size
+            if asked not in self._settled:  # the tables are files, and every batch asks
+                fastest = fastest_backend(self.bundle, plan.variants, self.options, batch_size)
+                self._settled[asked] = fastest or choose_backend("auto", self.options.device)
+            self.backend = self._settled[asked]
         return self.backend
 
     def __call__(
         self,
         strategy: Strategy | str | Path,
-        sampler: str = "ddpm",
+        sampler: SamplerLike | None = None,
         steps: int | None = None,
         *,
         num_images: int = 1,
@@ -158,8 +169,9 @@ class Pipeline:
 
         Args:
             strategy: A strategy, ``uniform:4/8``, the name of one in the bundle, or a file.
-            sampler: ``ddpm`` or ``ddim``.
-            steps: Steps of the sampler; None means all timesteps.
+            sampler: ``ddim``, ``heun:karras``, the path of a diffusers ``scheduler_config.json``, or such a config as
+                a mapping; see ``ddsm_engine.samplers``. None takes the bundle's own config, or DDPM where it has none.
+            steps: Steps of the sampler; None means all timesteps, which only DDPM and DDIM take.
             num_images: How many.
             batch_size: How many at a time; a last partial batch is padded, so an image does not depend on it.
             seed: Noise of image *i* of a seed is the same whatever the batch.
@@ -251,7 +263,7 @@ class Pipeline:
         key = self.settle_backend(plan, batch_size), batch_size
         scheduler = self._schedulers.get(key)
         if scheduler is None:
-            scheduler = self._schedulers[key] = Scheduler((batch_size, *spec.sample_shape), spec.time_features)
+            scheduler = self._schedulers[key] = Scheduler((batch_size, *spec.sample_shape))
         started = time.perf_counter()
         missing = [variant for variant in dict.fromkeys(plan.variants) if variant not in scheduler.engines]
 
@@ -261,7 +273,7 @@ class Pipeline:
         # Compiling keeps one core busy.
         with ThreadPoolExecutor(cores()) as pool:
             for variant, engine in zip(missing, pool.map(open_one, missing), strict=True):
-                scheduler.add(variant, engine)
+                scheduler.add(variant, engine, self.bundle.spec(self.bundle.variants[variant]).time_features)
         self.open_ms += (time.perf_counter() - started) * 1e3
         return scheduler
 

@@ -17,7 +17,7 @@ from ddsm_engine.files import atomic_path, clear_leftovers, refuse_existing, wri
 from ddsm_engine.images import grid, save_png
 from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, choose_batch_size, find_bundle
 from ddsm_engine.plan import Plan
-from ddsm_engine.sampler import SAMPLERS
+from ddsm_engine.samplers import NAMES
 from ddsm_engine.trace import Trace
 
 RUN_FILE = "run.json"
@@ -30,8 +30,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--strategy", required=True, help="a strategy file, the name of one in the bundle, or uniform:4/8")
     p.add_argument("--bundle", help="the bundle (default: the one that holds the strategy, else the only one here)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
-    p.add_argument("--steps", type=int, help="steps of the sampler (default: every timestep)")
+    p.add_argument(
+        "--sampler", metavar="NAME|FILE.json",
+        help=f"{', '.join(NAMES)}, with a grid behind a colon where wanted (heun:karras), or the scheduler_config.json "
+        "of a diffusers scheduler (default: the bundle's own, else ddpm)",
+    )  # fmt: skip
+    p.add_argument("--steps", type=int, help="steps of the sampler (default for ddpm and ddim: every timestep)")
     p.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1 (default 0)")
     p.add_argument(
         "--clip-sample", type=float, nargs="?", const=1.0, metavar="BOUND",
@@ -183,11 +187,12 @@ class _Job:
             "format": "ddsm-run",
             "bundle": self.pipeline.bundle.manifest.checksum,
             "strategy": self.strategy.to_json()["segments"],
-            "sampler": a.sampler,
-            "steps": len(self.plan.variants),
+            "sampler": self.plan.sampler,
+            "steps": a.steps,
             "eta": a.eta,
             "clip_sample": a.clip_sample,
             "seed": a.seed,
+            "table": self.plan.checksum,
             "batch_size": self.batch_size,
             "backend": self.pipeline.settle_backend(self.plan, self.batch_size),
             "precision": a.precision,

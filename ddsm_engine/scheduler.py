@@ -12,7 +12,8 @@ from ddsm_engine.noise import INITIAL, PER_CALL, NoiseSource
 from ddsm_engine.plan import Plan
 
 OnCall = Callable[[int, float, NDArray[np.float32]], None]
-"""Called after each call with its number, its timestep and the unclipped state, which the next call overwrites."""
+"""Called after each call with its number, its timestep and the unclipped sample. The next call reads that array, with
+whatever was written into it, and overwrites it."""
 
 
 class Scheduler:
@@ -21,23 +22,24 @@ class Scheduler:
     Not for two threads at once: the buffers belong to the run in progress.
     """
 
-    def __init__(self, shape: tuple[int, ...], features: int) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         """Allocate what a run needs.
 
         Args:
             shape: [B, C, H, W] of a batch.
-            features: Columns of the time table.
         """
         self.engines: dict[str, Engine] = {}
         self.x = np.zeros(shape, np.float32)
-        self.eps = np.zeros(shape, np.float32)
-        self.features = np.zeros((shape[0], features), np.float32)
-        self._scratch = np.zeros(shape, np.float32)
-        self._noise = np.zeros(shape, np.float32)
+        self._output, self._x_0, self._noise, self._scratch = (np.zeros(shape, np.float32) for _ in range(4))
+        self.features: dict[str, NDArray[np.float32]] = {}
+        # Slots of the state behind the sample, and where their next values are written while the old ones are read.
+        self._kept: list[NDArray[np.float32]] = []
+        self._spare: list[NDArray[np.float32]] = []
 
-    def add(self, variant: str, engine: Engine) -> None:
-        """Let an engine, opened for this batch size, serve a variant."""
-        engine.bind({"sample": self.x, "time_features": self.features}, {"out_sample": self.eps})
+    def add(self, variant: str, engine: Engine, time_features: int) -> None:
+        """Let an engine, opened for this batch size, serve a variant, which reads ``time_features`` columns."""
+        features = self.features[variant] = np.zeros((len(self.x), time_features), np.float32)
+        engine.bind({"sample": self.x, "time_features": features}, {"out_sample": self._output})
         self.engines[variant] = engine
 
     def close(self) -> None:
@@ -46,21 +48,26 @@ class Scheduler:
             self.engines.popitem()[1].close()
 
     def run(self, plan: Plan, noise: NoiseSource, on_call: OnCall | None = None) -> NDArray[np.int64]:
-        """Run every call; the final state, unclipped, is left in ``x``.
+        """Run every call; the final sample, unclipped, is left in ``x``.
 
         Returns:
             [calls, 2], start and end of every engine call, nanoseconds.
 
         Raises:
-            BackendError: the state or an engine's output is not finite, naming the call and the variant.
+            BackendError: the sample or an engine's output is not finite, naming the call and the variant.
         """
+        while len(self._kept) < plan.update.shape[1] - 1:
+            self._kept.append(np.zeros_like(self.x))
+            self._spare.append(np.zeros_like(self.x))
         clock = np.zeros((len(plan.variants), 2), np.int64)
         untried = set(plan.variants)
         noise.fill(self.x, INITIAL, 0)
+        if plan.start != 1:
+            np.multiply(self.x, np.float32(plan.start), out=self.x)
         for call, variant in enumerate(plan.variants):
-            np.copyto(self.features, plan.time_features[call])
+            np.copyto(self.features[variant], plan.time_features[call])
             if variant in untried:
-                self.eps.fill(np.nan)  # an engine that silently writes nothing is caught by the check below
+                self._output.fill(np.nan)  # an engine that silently writes nothing is caught by the check below
                 untried.remove(variant)
             clock[call, 0] = time.perf_counter_ns()
             self.engines[variant].run()
@@ -76,23 +83,36 @@ class Scheduler:
         return clock
 
     def _update(self, plan: Plan, call: int, noise: NoiseSource) -> None:
-        """Replace ``x`` by update · (x, eps, x_0, noise), in place."""
-        of_x, of_eps, of_x_0, of_noise = plan.update[call]
-        if plan.clip is not None:
-            np.multiply(self.x, plan.to_x_0[call, 0], out=self._noise)
-            np.multiply(self.eps, plan.to_x_0[call, 1], out=self._scratch)
-            np.add(self._noise, self._scratch, out=self._scratch)
-            np.clip(self._scratch, -plan.clip, plan.clip, out=self._scratch)
-            np.multiply(self._scratch, of_x_0, out=self._scratch)
-        np.multiply(self.x, of_x, out=self.x)
-        if plan.clip is not None:
-            np.add(self.x, self._scratch, out=self.x)
-        np.multiply(self.eps, of_eps, out=self.eps)
-        np.add(self.x, self.eps, out=self.x)
-        if of_noise:
+        """Replace every slot by its row of the table: a sum over the slots, the output, x_0 and noise."""
+        if plan.bound is not None:
+            _sum(plan.to_x_0[call].tolist(), [self.x, self._output], self._x_0, self._scratch)
+            plan.bound.apply(self._x_0)
+        of_x, *rows = plan.update[call].tolist()
+        if of_x[-1] or any(row[-1] for row in rows):
             noise.fill(self._noise, PER_CALL, call)
-            np.multiply(self._noise, of_noise, out=self._noise)
-            np.add(self.x, self._noise, out=self.x)
+        terms = [self.x, *self._kept[: len(rows)], self._output, self._x_0, self._noise]
+        for row, spare in zip(rows, self._spare, strict=False):
+            _sum(row, terms, spare, self._scratch)
+        _sum(of_x, terms, self.x, self._scratch)  # last, for the others read the sample that it overwrites
+        self._kept, self._spare = self._spare, self._kept
+
+
+def _sum(
+    row: list[float], terms: list[NDArray[np.float32]], out: NDArray[np.float32], scratch: NDArray[np.float32]
+) -> None:
+    """Write row · terms; ``out`` may be the first term. A row of zeros is a slot that is not read again."""
+    is_first = True
+    for coefficient, term in zip(row, terms, strict=True):
+        if not coefficient:
+            continue
+        if is_first and coefficient == 1:
+            np.copyto(out, term)
+        elif is_first:
+            np.multiply(term, coefficient, out=out)
+        else:
+            np.multiply(term, coefficient, out=scratch)
+            np.add(out, scratch, out=out)
+        is_first = False
 
 
 def _is_finite(x: NDArray[np.float32]) -> bool:

@@ -51,15 +51,20 @@ def read_bytes(path: Path, most: int) -> bytes:
     return data
 
 
-def parse_json(data: bytes | str) -> Any:  # noqa: ANN401 - any JSON value
+def parse_json(data: bytes | str, *, infinity: bool = False) -> Any:  # noqa: ANN401 - any JSON value
     """Parse JSON strictly: UTF-8 without a mark, each key once, finite numbers, at most ``MAX_JSON_DEPTH`` levels.
+
+    Args:
+        data: The text.
+        infinity: Take the words Infinity and -Infinity, which are no JSON but what Python's own library writes.
 
     Raises:
         ValueError: anything else.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
+    constant = _infinity if infinity else _refuse_constant
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]
@@ -85,6 +90,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _infinity(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _finite(text: str) -> float:

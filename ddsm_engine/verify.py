@@ -18,7 +18,7 @@ from ddsm_engine.errors import BackendError, DdsmError, StrategyError
 from ddsm_engine.parity import TOLERANCES, Engines, Trajectory, TrajectoryParity, VariantParity, compare_variants
 from ddsm_engine.pipeline import Pipeline, choose_batch_size
 from ddsm_engine.plan import compile_plan
-from ddsm_engine.sampler import SAMPLERS, make_sampler
+from ddsm_engine.samplers import make_sampler
 from ddsm_engine.strategy import Strategy
 
 LOCAL_FOLDERS = (ENGINES, "latency")
@@ -41,8 +41,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print one JSON object instead; null stands for infinite")
     run = p.add_argument_group("a whole run", "with the same noise as the reference's; reported, not judged")
     run.add_argument("--trajectory", action="store_true", help="compare a whole run, too")
-    run.add_argument("--strategy", help="a file, the name of one in the bundle, or uniform:4/8 (default: full width)")
-    run.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    run.add_argument(
+        "--strategy", help="a file, the name of one in the bundle, uniform:4/8 or uniform:ID (default: full width)"
+    )
+    run.add_argument("--sampler", metavar="NAME|FILE.json", default="ddim", help="as of ddsm run (default: ddim)")
     run.add_argument("--steps", type=int, help=f"default: {DDIM_STEPS} of ddim, every timestep of ddpm")
     run.add_argument("--num-images", type=int, default=4)
     run.add_argument("--seed", type=int, default=0)
@@ -137,7 +139,7 @@ def _check_strategy(bundle: Bundle, file: Path) -> None:
     try:
         # One over calls names its sampler; one over timesteps fits every sampler or none.
         sampler = make_sampler(strategy.sampler or "ddim", manifest.noise_schedule, strategy.steps or 1)
-        compile_plan(strategy, sampler, manifest.variants, bundle.time_table())
+        compile_plan(strategy, sampler, manifest.variants, bundle.time_tables())
     except DdsmError as error:
         raise StrategyError(f"{file}: {error}") from error
 
@@ -208,7 +210,7 @@ def plan_trajectory(bundle: Bundle, arguments: argparse.Namespace) -> Trajectory
     a = arguments
     choose_batch_size(a.num_images, None)
     steps = DDIM_STEPS if a.steps is None and a.sampler == "ddim" else a.steps
-    strategy = a.strategy or Strategy.uniform(bundle.full.width_mult, bundle.manifest.spec.timesteps)
+    strategy = a.strategy or Strategy.uniform(bundle.full.id, bundle.manifest.spec.timesteps)
     with Pipeline(bundle, REFERENCE, EngineOptions()) as pipe:
         plan = pipe.plan(strategy, a.sampler, steps, clip_sample=a.clip_sample)
     return Trajectory(bundle, plan, a.num_images, a.seed)

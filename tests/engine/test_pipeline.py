@@ -18,7 +18,7 @@ from ddsm_engine.noise import INITIAL, SeededNoise
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.plan import Plan, compile_plan, plan_calls
-from ddsm_engine.sampler import ddim, ddpm
+from ddsm_engine.samplers import make_sampler
 from ddsm_engine.scheduler import Scheduler
 from ddsm_engine.strategy import Strategy
 from ddsm_engine.time_table import TimeTable
@@ -30,6 +30,7 @@ from tests.tolerances import TRAJECTORY
 
 SCHEDULE = NoiseSchedule(1e-4, 0.02, 1000)
 SHAPE = (2, *TINY.sample_shape)
+TABLES = {"w016": TimeTable.sinusoidal(1000, TINY.time_features)}
 Array = NDArray[np.float32]
 ROWS = {row.tobytes(): t for t, row in enumerate(STATE[TABLE].numpy())}
 
@@ -81,12 +82,12 @@ def dynamic_eps(strategy: Strategy) -> Any:
 
 
 def states_of(backend: str, bundle: Bundle, plan: Plan, x_T: Array, noises: list[Array]) -> list[Array]:
-    scheduler = Scheduler(SHAPE, TINY.time_features)
+    scheduler = Scheduler(SHAPE)
     for variant in set(plan.variants):
         opened = open_engine(
             backend, bundle, bundle.variants[variant], len(x_T), EngineOptions(precision="fp32", threads=1)
         )
-        scheduler.add(variant, DampedEngine(opened))
+        scheduler.add(variant, DampedEngine(opened), TINY.time_features)
     states: list[Array] = []
     scheduler.run(plan, GivenNoise(x_T, noises), lambda call, t, x: states.append(x.copy()))
     scheduler.close()
@@ -115,7 +116,9 @@ def test_1000_steps_of_the_published_strategy_follow_the_published_loop(
     backend: str, bundle: Bundle, thousand_steps: tuple[Array, list[Array], list[torch.Tensor]]
 ) -> None:
     x_T, noises, expected = thousand_steps
-    plan = compile_plan(Strategy.load(PUBLISHED), ddpm(SCHEDULE), bundle.manifest.variants, bundle.time_table())
+    plan = compile_plan(
+        Strategy.load(PUBLISHED), make_sampler("ddpm", SCHEDULE), bundle.manifest.variants, bundle.time_tables()
+    )
     assert worst(states_of(backend, bundle, plan, x_T, noises), expected) <= TRAJECTORY
 
 
@@ -126,7 +129,7 @@ def test_a_strategy_read_wrongly_leaves_the_published_loop(
     x_T, noises, expected = thousand_steps
     choices = Strategy.load(PUBLISHED).choices
     misread = Strategy(choices[::-1] if wrong == "reversed" else (choices[0], *choices[:-1]))
-    plan = compile_plan(misread, ddpm(SCHEDULE), bundle.manifest.variants, bundle.time_table())
+    plan = compile_plan(misread, make_sampler("ddpm", SCHEDULE), bundle.manifest.variants, bundle.time_tables())
     assert worst(states_of("torch", bundle, plan, x_T, noises), expected) > 10 * TRAJECTORY
 
 
@@ -140,7 +143,9 @@ def test_100_ddim_steps_follow_an_independent_loop(backend: str, eta: float, bun
             dynamic_eps(strategy), torch.from_numpy(x_T), [torch.from_numpy(n) for n in noises],
             list(range(990, -1, -10)), PublishedSchedule(), eta,
         )  # fmt: skip
-    plan = compile_plan(strategy, ddim(SCHEDULE, 100, eta=eta), bundle.manifest.variants, bundle.time_table())
+    plan = compile_plan(
+        strategy, make_sampler("ddim", SCHEDULE, 100, eta=eta), bundle.manifest.variants, bundle.time_tables()
+    )
     assert worst(states_of(backend, bundle, plan, x_T, noises), expected) <= TRAJECTORY
 
 
@@ -232,19 +237,19 @@ class BrokenEngine:
     ("value", "call"), [(float("nan"), 2), (float("inf"), 2), (None, 0)], ids=["nan", "inf", "writes nothing"]
 )
 def test_a_value_that_is_not_finite_stops_the_run_with_its_call_and_variant(value: float | None, call: int) -> None:
-    sampler = ddim(SCHEDULE, 5)
-    scheduler = Scheduler(SHAPE, TINY.time_features)
-    scheduler.add("w016", BrokenEngine(2, value))
+    sampler = make_sampler("ddim", SCHEDULE, 5)
+    scheduler = Scheduler(SHAPE)
+    scheduler.add("w016", BrokenEngine(2, value), TINY.time_features)
     with pytest.raises(BackendError, match=rf"call {call} \(timestep .*\) of variant w016"):
-        scheduler.run(plan_calls(["w016"] * 5, sampler, TimeTable.sinusoidal(1000, TINY.time_features)), SeededNoise(0))
+        scheduler.run(plan_calls(["w016"] * 5, sampler, TABLES), SeededNoise(0))
 
 
 def test_a_call_allocates_no_array() -> None:
     """Everything that a run needs is allocated by its first call."""
     shape = (64, *TINY.sample_shape)
-    scheduler = Scheduler(shape, TINY.time_features)
-    scheduler.add("w016", BrokenEngine(10**9, 0.1))
-    plan = plan_calls(["w016"] * 1000, ddpm(SCHEDULE), TimeTable.sinusoidal(1000, TINY.time_features))
+    scheduler = Scheduler(shape)
+    scheduler.add("w016", BrokenEngine(10**9, 0.1), TINY.time_features)
+    plan = plan_calls(["w016"] * 1000, make_sampler("ddpm", SCHEDULE), TABLES)
     grown = np.zeros(1000, np.int64)
     before = 0
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 from ddsm_engine import run
 from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 from ddsm_engine.cli import main as umbrella
+from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.pipeline import Pipeline
+from ddsm_engine.samplers.config import NAMES, named_config
 from ddsm_engine.strategy import Strategy
 from tests.conftest import TINY, Refusal
 
@@ -190,7 +193,11 @@ def test_the_umbrella_command_runs_the_same(here: Path, capsys: pytest.CaptureFi
         (["--strategy", "uniform:9/8"], "must lie in (0, 1]"),
         (["--bundle", "elsewhere"], "elsewhere is not a bundle"),
         (["--steps", "0"], "1 to 1000 steps"),
-        (["--sampler", "ddpm"], "ddpm runs all 1000 timesteps"),
+        (["--sampler", "nope"], "unknown sampler 'nope'; expected one of ddpm, ddim, euler, heun, dpm++2m"),
+        (["--sampler", "heun:logsnr"], "heun has no grid 'logsnr'"),
+        (["--sampler", "heun", "--eta", "1"], "heun takes no eta"),
+        (["--sampler", "nope.json"], "nope.json could not be read"),
+        (["--sampler", "tiny.bundle/manifest.json"], "the scheduler class None is not supported"),
         (["--num-images", "0"], "at least one image"),
         (["--batch-size", "0"], "at least one image"),
         (["--seed", "-1"], "a seed is"),
@@ -223,6 +230,29 @@ def test_a_strategy_of_the_wrong_length_is_refused(here: Path, refusal: Refusal)
 def test_several_bundles_must_be_told_apart(here: Path, refusal: Refusal) -> None:
     shutil.copytree(here / "tiny.bundle", here / "other.bundle")
     assert "found 2; name one with --bundle" in refusal(run.main, *FAST)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "heun:karras", "dpm++2m:logsnr"])
+def test_every_sampler_draws_by_name_and_by_diffusers_config(here: Path, name: str) -> None:
+    config = {**named_config(name, NoiseSchedule(1e-4, 0.02, 1000)), "num_train_timesteps": 1000}
+    (here / "scheduler_config.json").write_text(json.dumps(config))
+    few = ["--num-images", "2", "--clip-sample"]
+    assert run.main([*FAST, *few, "--sampler", name, "-o", "name.npz"]) == 0
+    assert run.main([*FAST, *few, "--sampler", "scheduler_config.json", "-o", "config.npz"]) == 0
+    assert np.array_equal(array(here / "name.npz"), array(here / "config.npz"))
+
+
+def test_a_sampler_that_makes_two_calls_a_step_swaps_at_each(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choices = tuple(Fraction(k, 8) for k in (4, 8, 4, 6, 8))
+    Strategy(choices, axis="call", sampler="heun", steps=3).save(here / "heun.yaml")
+    assert run.main([*FAST, "--strategy", "heun.yaml", "--sampler", "heun", "--num-images", "1", "-v"]) == 0
+    assert "plan: w016×1, w032×1, w016×1, w024×1, w032×1; 5 calls, 4 swaps" in capsys.readouterr().out
+
+
+def test_a_strategy_over_calls_of_another_grid_is_refused(here: Path, refusal: Refusal) -> None:
+    Strategy((Fraction(1),) * 5, axis="call", sampler="heun", steps=3).save(here / "heun.yaml")
+    line = refusal(run.main, *FAST, "--strategy", "heun.yaml", "--sampler", "heun:karras")
+    assert "belongs to heun with 3 steps (5 entries); this run is heun:karras with 3 (5 calls)" in line
 
 
 def test_the_shape_of_images_follows_the_bundle(here: Path) -> None:

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from ddsm_engine.bundle import MANIFEST, Bundle, Manifest, Parity, Variant, denoiser_inputs, denoiser_outputs
 from ddsm_engine.errors import BundleError
 from ddsm_engine.inspect import describe_strategy
+from ddsm_engine.networks.slicing import empty_unet
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.onnx_file import check_onnx
+from ddsm_engine.samplers import make_sampler
+from ddsm_engine.samplers.config import CLASSES
 from ddsm_engine.strategy import Strategy
-from ddsm_export.checkpoints import Facts, facts_from_flagfile, read_checkpoint
+from ddsm_export.checkpoints import Facts, facts_from_flagfile, read_checkpoint, read_experts
+from ddsm_export.diffusers import diffusers_name, unet_config
 from ddsm_export.supernet import Supernet, load_supernet, save_supernet
 from tests.hostile.corpus import model, seal
 from tests.oracle.dynamic_unet import TABLE, Config, published_state_dict
@@ -112,6 +117,34 @@ def _supernet_seeds(folder: Path) -> list[bytes]:
     return [file.read_bytes()]
 
 
+def _scheduler_seeds(folder: Path) -> list[bytes]:
+    training = {"num_train_timesteps": 4, "beta_start": 1e-4, "beta_end": 0.02}
+    configs = (
+        {"_class_name": kind, **training, **{field: default for field, (default, _) in fields.items()}}
+        for kind, fields in CLASSES.items()
+    )
+    return [json.dumps(config).encode() for config in configs]
+
+
+MODEL = {"_class_name": "UNet2DModel", **unet_config(SPEC, SPEC.base_channels)}
+TRAINING = {"num_train_timesteps": 4, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def _diffusers(name: str) -> Callable[[Path, bytes], object]:
+    """A folder that diffusers saved, with one of its two configs replaced."""
+
+    def call(folder: Path, data: bytes) -> object:
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        if not weights.exists():
+            shapes = {n: p.shape for n, p in empty_unet(SPEC, SPEC.base_channels).named_parameters()}
+            save_file({diffusers_name(SPEC, name): torch.ones(shape) for name, shape in shapes.items()}, weights)
+        for file, content in (("config.json", MODEL), ("scheduler_config.json", TRAINING)):
+            (folder / file).write_bytes(data if file == name else json.dumps(content).encode())
+        return read_experts([folder], Facts())
+
+    return call
+
+
 def _describe(path: Path) -> str:
     return describe_strategy(Strategy.load(path), None)
 
@@ -127,5 +160,8 @@ READERS: dict[str, Reader] = {
     ),
     "checkpoint": Reader(_into("ckpt.pt", lambda path: read_checkpoint(path, FACTS)), _checkpoint_seeds),
     "supernet": Reader(_into("supernet.safetensors", load_supernet), _supernet_seeds),
+    "scheduler": Reader(_into("scheduler_config.json", lambda path: make_sampler(path, SCHEDULE, 3)), _scheduler_seeds),
+    "diffusers model": Reader(_diffusers("config.json"), lambda folder: [json.dumps(MODEL).encode()]),
+    "diffusers training": Reader(_diffusers("scheduler_config.json"), lambda folder: [json.dumps(TRAINING).encode()]),
     "onnx": Reader(_into("model.onnx", check_onnx), lambda folder: [model().SerializeToString()]),
 }

@@ -128,9 +128,9 @@ def test_the_unbroken_checkpoint_flagfile_and_supernet_are_read(bundle_path: Pat
     """As the export command reads them, without the minute that exporting takes."""
     build = checkpoint(lambda path: path.write_bytes(saved(state())))
     arguments = parser().parse_args([str(argument) for argument in build(tmp_path, bundle_path)])
-    assert open_supernet(arguments.supernet, known_facts(arguments)).spec.base_channels == 32
+    assert open_supernet(arguments.sources[0], known_facts(arguments)).spec.base_channels == 32
     build = flagfile(lambda path: path.write_bytes(b"--ch=32\n--slimmable_unet\n"))
     arguments = parser().parse_args([str(argument) for argument in build(tmp_path, bundle_path)])
     assert facts_from_flagfile(arguments.flagfile).base_channels == 32
     arguments = parser().parse_args([str(argument) for argument in sound_weights(tmp_path, bundle_path)])
-    assert open_supernet(arguments.supernet, known_facts(arguments)).spec.base_channels == 32
+    assert open_supernet(arguments.sources[0], known_facts(arguments)).spec.base_channels == 32

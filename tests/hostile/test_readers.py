@@ -118,6 +118,9 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "flagfile": ANY,
     "checkpoint": ANY,
     "supernet": (*ANY, header_values, header_values),
+    "diffusers model": (*ANY, json_values, json_values, json_values, json_values),
+    "diffusers training": (*ANY, json_values, json_values, json_values, json_values),
+    "scheduler": (*ANY, json_values, json_values, json_values),
     "onnx": ANY,
 }
 

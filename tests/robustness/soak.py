@@ -15,7 +15,7 @@ import numpy as np
 
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.plan import Plan, plan_calls
-from ddsm_engine.sampler import ddim
+from ddsm_engine.samplers import make_sampler
 
 STEPS = 50
 BATCH = 2
@@ -59,15 +59,15 @@ def soak(bundle: Path, backend: str, calls: int, seed: int = 0) -> Soak:
     first: bytes | None = None
     started = time.monotonic()
     with Pipeline.from_bundle(bundle, backend=backend, threads=1) as pipe:
-        sampler = ddim(pipe.bundle.manifest.noise_schedule, STEPS, clip_sample=1.0)
+        sampler = make_sampler("ddim", pipe.bundle.manifest.noise_schedule, STEPS, clip_sample=1.0)
         variants = list(pipe.bundle.variants)
 
         def run(plan: Plan, noise_seed: int) -> bytes:
             (batch,) = pipe.batches(plan, num_images=BATCH, batch_size=BATCH, seed=noise_seed)
             return batch.x_final.tobytes()
 
-        table = pipe.bundle.time_table()
-        fixed = plan_calls(random_strategy(variants, random.Random(seed)), sampler, table)
+        tables = pipe.bundle.time_tables()
+        fixed = plan_calls(random_strategy(variants, random.Random(seed)), sampler, tables)
         while done < calls:
             if done // STEPS % 20 == 0:
                 plan, images = fixed, run(fixed, seed)
@@ -75,7 +75,7 @@ def soak(bundle: Path, backend: str, calls: int, seed: int = 0) -> Soak:
                     raise AssertionError(f"{backend}: other bytes after {done} calls")
                 first, repeats = images, repeats + 1
             else:
-                plan = plan_calls(random_strategy(variants, rng), sampler, table)
+                plan = plan_calls(random_strategy(variants, rng), sampler, tables)
                 run(plan, rng.randrange(1 << 32))
             done += STEPS
             swaps += len(plan.segments) - 1

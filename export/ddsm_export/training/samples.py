@@ -12,7 +12,7 @@ from ddsm_engine.images import grid, save_png
 from ddsm_engine.networks.slicing import subnetwork
 from ddsm_engine.noise import SeededNoise
 from ddsm_engine.plan import plan_calls
-from ddsm_engine.sampler import ddim
+from ddsm_engine.samplers import make_sampler
 from ddsm_engine.scheduler import Scheduler
 from ddsm_export.supernet import Supernet
 
@@ -27,11 +27,11 @@ def draw(supernet: Supernet, width: int, *, count: int, steps: int, seed: int = 
         float32 [count, C, H, W], clipped to [-1, 1].
     """
     spec = supernet.spec
-    plan = plan_calls(
-        [str(width)] * steps, ddim(supernet.noise_schedule, steps, clip_sample=1.0), supernet.time_features
-    )
-    scheduler = Scheduler((count, *spec.sample_shape), spec.time_features)
-    scheduler.add(str(width), TorchEngine(subnetwork(spec, supernet.weights, width), EngineOptions()))
+    sampler = make_sampler("ddim", supernet.noise_schedule, steps, clip_sample=1.0)
+    plan = plan_calls([str(width)] * steps, sampler, {str(width): supernet.time_features})
+    scheduler = Scheduler((count, *spec.sample_shape))
+    engine = TorchEngine(subnetwork(spec, supernet.weights, width), EngineOptions())
+    scheduler.add(str(width), engine, spec.time_features)
     scheduler.run(plan, SeededNoise(seed))
     scheduler.close()
     return np.clip(scheduler.x, -1, 1)
