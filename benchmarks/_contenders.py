@@ -14,19 +14,19 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.cifar10 import some_calls
 from benchmarks.dynamic_torch import DynamicLoop, DynamicUNet, PeerPrecision
 from ddsm_engine.backends.torch import network_from_weights
-from ddsm_engine.bundle import TIME_TABLE_KEY, Bundle, Variant
+from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.errors import BackendError
 from ddsm_engine.noise import INITIAL, PER_CALL, SeededNoise
 from ddsm_engine.pipeline import Pipeline
-from ddsm_engine.sampler import ddim
-from ddsm_engine.spec import UNetSpec
+from ddsm_engine.samplers import make_sampler
 from ddsm_engine.strategy import Strategy
-from ddsm_engine.untrusted import one_line, open_safetensors
+from ddsm_engine.untrusted import one_line
+from ddsm_export.diffusers import diffusers_unet
 
 Images = NDArray[np.float32]
 
@@ -45,7 +45,8 @@ class Walk:
 
 def even_walk(bundle: Bundle, widths: Sequence[int], calls: int) -> Walk:
     """An even part of the timesteps, each with its entry of ``widths`` (one per timestep, the clean end first)."""
-    timesteps = [int(t) for t in ddim(bundle.manifest.noise_schedule, calls, eta=1.0).timesteps]
+    sampler = make_sampler("ddim", bundle.manifest.noise_schedule, calls, eta=1.0)
+    timesteps = [int(t) for t in sampler.timesteps]
     return Walk(tuple(timesteps), tuple(widths[t] for t in timesteps))
 
 
@@ -147,8 +148,8 @@ class Ours(Contender):
     def predict(self, width: int, t: int, noise: GivenNoise) -> Images:
         """A run of one call whose update keeps nothing but the network's output."""
         timesteps = self.spec.timesteps
-        plan = self._pipe.plan(Strategy.uniform(self._variant(width).width_mult, timesteps), "ddim")
-        one = replace(some_calls(plan, [timesteps - 1 - t]), update=np.array([[0, 1, 0, 0]], np.float32))
+        plan = self._pipe.plan(Strategy.uniform(self._variant(width).id, timesteps), "ddim")
+        one = replace(some_calls(plan, [timesteps - 1 - t]), update=np.array([[[0, 1, 0, 0]]], np.float32))
         (batch,) = self._pipe.batches(one, num_images=self.batch, batch_size=self.batch, seed=noise.seed)
         return batch.x_final
 
@@ -213,7 +214,7 @@ class Numpy(Contender):
     """A network that takes and returns numpy arrays, in the loop that people write around one."""
 
     def _open(self) -> None:
-        self._rows = self.bundle.time_table()[range(self.spec.timesteps)]
+        self._rows = self.bundle.time_table(self.bundle.full)[range(self.spec.timesteps)]
         self._alphas: list[float] = self.bundle.manifest.noise_schedule.alphas_cumprod.tolist()
         self._random = np.random.default_rng(0)
         self._load()
@@ -311,8 +312,8 @@ class Compiled(Contender):
         self._dtype, self._backend = DTYPES[precision], backend
 
     def _open(self) -> None:
-        weights = self.bundle.weights()
-        self._rows = torch.from_numpy(self.bundle.time_table()[range(self.spec.timesteps)]).to(self._dtype)
+        weights, table = self.bundle.weights(self.bundle.full), self.bundle.time_table(self.bundle.full)
+        self._rows = torch.from_numpy(table[range(self.spec.timesteps)]).to(self._dtype)
         self._alphas: list[float] = self.bundle.manifest.noise_schedule.alphas_cumprod.tolist()
         self._networks: dict[int, Callable[..., Tensor]] = {}
         for width in self.widths:
@@ -365,8 +366,9 @@ class Diffusers(Contender):
         self._dtype = DTYPES[precision]
 
     def _open(self) -> None:
-        network = diffusers_unet(self.bundle, self._dtype)
-        self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = self.bundle.weights(self.bundle.full)
+        network = diffusers_unet(network_from_weights(weights, self.spec, self.spec.base_channels)).to(self._dtype)
+        self._network = network.to(memory_format=torch.channels_last)
 
     def _step(self, x: Tensor, t: int | Tensor) -> Tensor:
         eps: Tensor = self._network(x.to(self._dtype, memory_format=torch.channels_last), t).sample
@@ -430,68 +432,3 @@ def ancestral(
         if sigma:
             x = x + sigma * normals(call)
     return x
-
-
-def diffusers_unet(bundle: Bundle, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The supernet at full width as a ``diffusers.UNet2DModel``: another program for the same function.
-
-    The stock time embedding is that of the full width; narrower sub-networks would need one of their own.
-    """
-    from diffusers import UNet2DModel
-
-    spec = bundle.manifest.spec
-    levels = range(len(spec.channel_mults))
-    with torch.device("meta"):
-        network: nn.Module = UNet2DModel(
-            sample_size=spec.image_size,
-            in_channels=spec.channels,
-            out_channels=spec.channels,
-            block_out_channels=[spec.base_channels * mult for mult in spec.channel_mults],
-            layers_per_block=spec.num_res_blocks,
-            down_block_types=["AttnDownBlock2D" if k in spec.attention_levels else "DownBlock2D" for k in levels],
-            up_block_types=["AttnUpBlock2D" if k in spec.attention_levels else "UpBlock2D" for k in reversed(levels)],
-            downsample_padding=1,
-            norm_num_groups=spec.groups,
-            norm_eps=1e-5,
-            attention_head_dim=None,  # one head; its default of 8 channels a head answers something else
-            freq_shift=0,
-            flip_sin_to_cos=False,
-        )
-    with open_safetensors(bundle.weights(), "pt") as opened:
-        weights = {name: opened.get_tensor(name).to(dtype) for name in opened.keys() if name != TIME_TABLE_KEY}  # noqa: SIM118
-    renamed = {diffusers_name(spec, name): weight for name, weight in weights.items()}
-    for name, parameter in network.named_parameters():
-        renamed[name] = renamed[name].reshape(parameter.shape)  # a 1x1 convolution there is a linear layer
-    # All sines stand before all cosines, where the supernet's table interleaves them.
-    columns = renamed["time_embedding.linear_1.weight"]
-    renamed["time_embedding.linear_1.weight"] = torch.cat([columns[:, 0::2], columns[:, 1::2]], dim=1)
-    network.load_state_dict(renamed, strict=True, assign=True)
-    return network.eval().requires_grad_(requires_grad=False)
-
-
-IN_BLOCK: Final = {
-    "norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
-    "shortcut": "conv_shortcut", "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0",
-}  # fmt: skip
-OUTSIDE: Final = {
-    "time.linear1": "time_embedding.linear_1", "time.linear2": "time_embedding.linear_2", "head": "conv_in",
-    "tail.norm": "conv_norm_out", "tail.conv": "conv_out",
-}  # fmt: skip
-
-
-def diffusers_name(spec: UNetSpec, name: str) -> str:
-    """What diffusers calls a parameter of ``ddsm_engine.networks.unet.UNet``."""
-    layer, _, kind = name.rpartition(".")
-    if layer in OUTSIDE:
-        return f"{OUTSIDE[layer]}.{kind}"
-    part, number, *inner = layer.split(".")
-    if part == "middle":
-        place, k = "mid_block", int(number)
-    else:
-        # A level is its residual blocks and, but for the last one, the layer that halves or doubles the image.
-        level, k = divmod(int(number), spec.num_res_blocks + (1 if part == "down" else 2))
-        place = f"{part}_blocks.{level}"
-    if inner == ["conv"]:
-        return f"{place}.{part}samplers.0.conv.{kind}"
-    holder = "attentions" if inner[0] == "attention" else "resnets"
-    return f"{place}.{holder}.{k}.{IN_BLOCK[inner[-1]]}.{kind}"

@@ -13,6 +13,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "matplotlib": "export",
+    "diffusers": "diffusers",
     "openvino": "cpu",
     "onnxruntime": "cpu",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from tests.conftest import CONFIG, STATE
 
@@ -40,6 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "search.txt").write_text(str([1, 1] * 200 + [0.75] * 200 + [0.5] * 400))
     pixels = np.random.default_rng(0).integers(0, 255, (80, 8, 8, 3), dtype=np.uint8)
     np.savez(path / "images.npz", images=pixels)
+    for name, channels in (("my-ddpm", 16), ("my-small-ddpm", 8)):
+        unet = UNet2DModel(
+            sample_size=8, block_out_channels=(channels, 2 * channels), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(path / name)
     return path
 
 
@@ -76,14 +83,19 @@ def test_every_other_command_works_in_order(folder: Path) -> None:
     assert (folder / "images.png").stat().st_size > 0
     assert len(list((folder / "images").glob("*.png"))) == 16
     assert (folder / "training" / "supernet.safetensors").exists()
+    assert "2 variants" in output["ddsm-export my-ddpm my-small-ddpm -o pair.bundle"]
+    assert (folder / "pipelines" / "w032" / "model_index.json").is_file()
 
 
-def test_the_python_example_runs_as_it_stands(folder: Path) -> None:
+def test_the_python_examples_run_as_they_stand(folder: Path) -> None:
     assert (folder / "my.bundle").is_dir(), "made by the commands above"
-    (code,) = CODE
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("(4, 3, 8, 8) ")
+    printed = []
+    for code in CODE:
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0].startswith("(4, 3, 8, 8) ")
+    assert (folder / "first.png").is_file(), "drawn by the example of diffusers"
 
 
 def test_the_demo_writes_what_the_readme_says(tmp_path: Path) -> None:

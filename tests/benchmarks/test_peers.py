@@ -18,7 +18,6 @@ from benchmarks._contenders import (
     OpenVINO,
     Ours,
     Sliced,
-    diffusers_unet,
     even_walk,
 )
 from benchmarks._peers_report import details, draw, headline, summary
@@ -31,6 +30,7 @@ from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.timing import Timing
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.strategy import Strategy
+from ddsm_export.diffusers import diffusers_unet
 
 SETTINGS = Settings(batches=(2,), calls=10, repeats=1, bf16=True)
 
