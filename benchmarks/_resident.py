@@ -62,7 +62,7 @@ def hold_open(arguments: argparse.Namespace, started: float) -> dict[str, float]
     cold_start_s = time.perf_counter() - started
 
     sample = np.zeros((batch, *bundle.manifest.spec.sample_shape), np.float32)
-    features = np.repeat(bundle.time_table()[[0]], batch, axis=0)
+    features = np.repeat(bundle.time_table(variants[0])[[0]], batch, axis=0)
     for name, engine in zip(names, engines, strict=True):
         out = np.full_like(sample, np.nan)
         engine.bind({"sample": sample, "time_features": features}, {"out_sample": out})

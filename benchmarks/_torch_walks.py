@@ -44,7 +44,7 @@ def sliced_walk(bundle: Bundle, plan: Plan) -> Walk:
     def walk(own: Plan, x: Tensor, noise: DrawNoise) -> Tensor:
         visited, mults = [int(t) for t in own.timesteps], [1.0] * bundle.manifest.spec.timesteps
         for t, identifier in zip(visited, own.variants, strict=True):
-            mults[t] = bundle.variants[identifier].width_mult
+            mults[t] = bundle.variants[identifier].width / bundle.full.width
         return loop.run(x, mults, visited, noise)
 
     return walk
@@ -52,14 +52,14 @@ def sliced_walk(bundle: Bundle, plan: Plan) -> Walk:
 
 def static_walk(bundle: Bundle) -> Walk:
     """The full width as an ordinary eager network in the layout that CPUs prefer, and our update."""
-    network = network_from_weights(bundle.weights(), bundle.manifest.spec, bundle.full.width)
+    network = network_from_weights(bundle.weights(bundle.full), bundle.manifest.spec, bundle.full.width)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def walk(own: Plan, x: Tensor, noise: DrawNoise) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
-            for call, (of_x, of_eps, _, of_noise) in enumerate(own.update.tolist()):
-                features = torch.from_numpy(own.time_features[[call]]).expand(len(x), -1)
+            for call, ((of_x, of_eps, _, of_noise),) in enumerate(own.update.tolist()):
+                features = torch.from_numpy(own.time_features[call]).expand(len(x), -1)
                 x = of_x * x + of_eps * network(x, features)
                 if of_noise:
                     x = x + of_noise * noise(x, call)

@@ -108,7 +108,7 @@ def some_calls(plan: Plan, calls: Sequence[int]) -> Plan:
         plan,
         variants=tuple(plan.variants[call] for call in rows),
         timesteps=plan.timesteps[rows],
-        time_features=plan.time_features[rows],
+        time_features=tuple(plan.time_features[call] for call in rows),
         to_x_0=plan.to_x_0[rows],
         update=plan.update[rows],
     )

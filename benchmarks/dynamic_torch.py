@@ -228,9 +228,9 @@ def dynamic_unet_from_bundle(bundle: Bundle) -> DynamicUNet:
     spec = bundle.manifest.spec
     with torch.device("meta"):
         network = DynamicUNet(spec)
-    with open_safetensors(bundle.weights(), "pt") as opened:
+    with open_safetensors(bundle.weights(bundle.full), "pt") as opened:
         weights = {name: opened.get_tensor(name) for name in opened.keys() if name != TIME_TABLE_KEY}  # noqa: SIM118
-    weights["time.table.weight"] = torch.from_numpy(bundle.time_table()[range(spec.timesteps)])
+    weights["time.table.weight"] = torch.from_numpy(bundle.time_table(bundle.full)[range(spec.timesteps)])
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(requires_grad=False)
 

@@ -172,7 +172,7 @@ def check_answer(case: Case, engine: Engine, engines: Engines) -> Parity:
         BackendError: they differ by more than the tolerance of what is computed in.
     """
     backend, options = engines
-    table = case.bundle.time_table()
+    table = case.bundle.time_table(case.variant)
     shape = (case.batch, *case.bundle.manifest.spec.sample_shape)
     probe = {
         "sample": np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32),

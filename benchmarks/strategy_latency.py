@@ -153,7 +153,7 @@ def measure_target(bundle: Bundle, backend: str, batch: int, settings: Settings)
     spec = bundle.manifest.spec
     with (
         Pipeline.from_bundle(bundle.path, backend=backend) as pipe,
-        closing(Scheduler((batch, *spec.sample_shape), spec.time_features)) as isolated,
+        closing(Scheduler((batch, *spec.sample_shape))) as isolated,
     ):
         plans = make_plans(pipe, settings.calls)
         walks = make_walks(bundle, plans[FULL])
@@ -235,9 +235,13 @@ def open_isolated(isolated: Scheduler, pipe: Pipeline) -> None:
     """Open every variant once more, as the pipeline does, on random inputs."""
     bundle = pipe.bundle
     SeededNoise(SEED).fill(isolated.x, INITIAL, 0)
-    isolated.features[...] = bundle.time_table()[[bundle.manifest.spec.timesteps // 2]]
     for variant in bundle.manifest.variants:
-        isolated.add(variant.id, open_engine(pipe.backend, bundle, variant, len(isolated.x), pipe.options))
+        engine, table = (
+            open_engine(pipe.backend, bundle, variant, len(isolated.x), pipe.options),
+            bundle.time_table(variant),
+        )
+        isolated.add(variant.id, engine, table.features)
+        isolated.features[variant.id][...] = table[[table.timesteps // 2]]
 
 
 # --- what the turns say -----------------------------------------------------------------------------------------------

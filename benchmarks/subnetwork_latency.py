@@ -157,7 +157,7 @@ def _probe(bundle: Bundle, batch: int) -> Arrays:
     spec, generator = bundle.manifest.spec, np.random.default_rng(SEED)
     return {
         "sample": generator.standard_normal((batch, *spec.sample_shape), dtype=np.float32),
-        "time_features": bundle.time_table()[np.linspace(0, spec.timesteps - 1, batch).round()],
+        "time_features": bundle.time_table(bundle.full)[np.linspace(0, spec.timesteps - 1, batch).round()],
     }
 
 

@@ -25,7 +25,7 @@ from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.measure.timing import summarise
 from ddsm_engine.noise import SeededNoise
 from ddsm_engine.plan import plan_calls
-from ddsm_engine.sampler import ddim
+from ddsm_engine.samplers import make_sampler
 from ddsm_engine.scheduler import Scheduler
 
 EIGHTHS: Final = (2, 4, 6, 8)
@@ -57,10 +57,11 @@ def measure_pairs(bundle: Bundle, backend: str, batch: int, rounds: int) -> Reco
     """
     spec, options = bundle.manifest.spec, EngineOptions()
     chosen = variants_of(bundle, EIGHTHS)
-    scheduler = Scheduler((batch, *spec.sample_shape), spec.time_features)
+    scheduler = Scheduler((batch, *spec.sample_shape))
     try:
         for variant in chosen:
-            scheduler.add(variant.id, open_engine(backend, bundle, variant, batch, options))
+            engine = open_engine(backend, bundle, variant, batch, options)
+            scheduler.add(variant.id, engine, spec.time_features)
         pairs = [
             pair
             for one, other in itertools.combinations(chosen, 2)
@@ -77,8 +78,8 @@ def alternate(bundle: Bundle, scheduler: Scheduler, one: Variant, other: Variant
     runs = [one, other] * (rounds + 1)
     calls = [variant.id for variant in runs for _ in range(RUN)]
     # The predicted clean image is clipped, so that random weights stay finite.
-    sampler = ddim(bundle.manifest.noise_schedule, len(calls), clip_sample=1.0)
-    plan = plan_calls(calls, sampler, bundle.time_table())
+    sampler = make_sampler("ddim", bundle.manifest.noise_schedule, len(calls), clip_sample=1.0)
+    plan = plan_calls(calls, sampler, bundle.time_tables())
     clock = scheduler.run(plan, SeededNoise(0).starting_at(0))
     took_ms = ((clock[:, 1] - clock[:, 0]) / 1e6).reshape(len(runs), RUN)
     gap_ms = np.append(0.0, (clock[1:, 0] - clock[:-1, 1]) / 1e6).reshape(len(runs), RUN)

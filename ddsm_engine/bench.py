@@ -134,7 +134,7 @@ HEADER = (
 
 def spell_table(bundle: Bundle, table: LatencyTable, rows: Sequence[LatencyRow]) -> str:
     """One target's table: what each variant takes, and what it should take by its true GFLOPs."""
-    target, label = table.target, bundle.manifest.spec.label
+    target = table.target
     version, threads = str(target["version"]).partition("-")[0], target["threads"] or "the backend's choice"
     lines = [
         f"\n{target['backend']} {version}, {target['precision']}, batch {target['batch']}, threads: {threads}",
@@ -143,7 +143,7 @@ def spell_table(bundle: Bundle, table: LatencyTable, rows: Sequence[LatencyRow])
     for row in rows:
         spread = f"({row.timing.p20_ms:.2f}–{row.timing.p80_ms:.2f})"
         lines.append(
-            f"{row.variant.id:8} {label(row.variant.width):>10} {gflops(row.variant.macs):9.3f} "
+            f"{row.variant.id:8} {bundle.label(row.variant):>10} {gflops(row.variant.macs):9.3f} "
             f"{row.timing.median_ms:10.2f} {spread:>19} {row.ms_per_image:11.2f} {row.gflops_per_s:9.1f} "
             f"{100 * row.gflops_per_s / table.peak_gflops:5.1f} % {row.expected_speedup:8.2f}x "
             f"{row.measured_speedup:8.2f}x"

@@ -69,18 +69,18 @@ def _build(bundle: Bundle, variant: Variant, batch: int, options: EngineOptions,
     started = time.perf_counter()
     loaded = OpenVINOEngine(model, shapes, options, exported)
     loaded_s = time.perf_counter() - started
-    if not np.array_equal(_answer(compiled, bundle, batch), _answer(loaded, bundle, batch)):
+    if not np.array_equal(_answer(compiled, bundle, variant, batch), _answer(loaded, bundle, variant, batch)):
         raise BackendError(f"the engine of {variant.id} answers otherwise once it is loaded again; it was not kept")
     cache.store(variant, exported)
     return f"{variant.id}  {len(exported) / 1e6:6.1f} MB  compiled in {compiled_s:.2f} s, loads in {loaded_s:.2f} s"
 
 
-def _answer(engine: Engine, bundle: Bundle, batch: int) -> NDArray[np.float32]:
+def _answer(engine: Engine, bundle: Bundle, variant: Variant, batch: int) -> NDArray[np.float32]:
     """One forward pass on the noise of seed 0 at the middle timestep; the engine is closed."""
-    spec = bundle.manifest.spec
+    spec = bundle.spec(variant)
     sample = np.empty((batch, *spec.sample_shape), np.float32)
     SeededNoise(0).starting_at(0).fill(sample, INITIAL, 0)
-    features = np.repeat(bundle.time_table()[[spec.timesteps // 2]], batch, axis=0)
+    features = np.repeat(bundle.time_table(variant)[[spec.timesteps // 2]], batch, axis=0)
     output = np.zeros_like(sample)
     engine.bind({"sample": sample, "time_features": features}, {"out_sample": output})
     engine.run()

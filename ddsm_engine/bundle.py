@@ -21,6 +21,7 @@ from ddsm_engine.errors import BundleError, DdsmError
 from ddsm_engine.files import clear_leftovers, sha256_of
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.onnx_file import check_onnx
+from ddsm_engine.samplers import PREDICTION_TYPES, PredictionType
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import TimeTable
 from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of
@@ -32,7 +33,9 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TIME_TABLE = "time_table.safetensors"
 TIME_TABLE_KEY = "time_table"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_SCHEDULER_CONFIG_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 33
 """Of any file that a manifest lists: no more is hashed, mapped or read."""
 MAX_VARIANTS = 256
@@ -73,7 +76,11 @@ class Parity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One static network of the bundle. ``width`` and ``width_mult`` are what DDSM's variants differ by."""
+    """One static network of the bundle: a width of the supernet, or an expert that was trained by itself.
+
+    ``width`` is the channels of its first level and ``width_mult`` its share of the supernet's. An expert has no
+    ``width_mult``, and a ``spec`` and a file of ``weights`` of its own, where a width of the supernet has neither.
+    """
 
     id: str
     role: str
@@ -87,8 +94,10 @@ class Variant:
     conv_linear_macs: int
     params: int
     width: int
-    width_mult: float
+    width_mult: float | None = None
     parity: Parity
+    spec: UNetSpec | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +115,7 @@ class Manifest:
 
     spec: UNetSpec
     noise_schedule: NoiseSchedule
-    prediction_type: Literal["epsilon"]
+    prediction_type: PredictionType
     variants: tuple[Variant, ...]
     files: tuple[FileInfo, ...]
     provenance: Mapping[str, Any]
@@ -121,7 +130,7 @@ class Manifest:
             "noise_schedule": self.noise_schedule.to_json(),
             "prediction_type": self.prediction_type,
             "image_shape": list(self.spec.sample_shape),
-            "variants": [asdict(variant) for variant in self.variants],
+            "variants": [_variant_to_json(variant) for variant in self.variants],
             "files": [asdict(file) for file in self.files],
             "provenance": dict(self.provenance),
         }
@@ -151,14 +160,17 @@ class Manifest:
         body = {name: value for name, value in data.items() if name != "checksum"}
         if data.get("checksum") != checksum_of(body):
             raise BundleError(f"{origin} was changed after it was written (its checksum disagrees); export it again")
-        kind = body.get("family"), body.get("prediction_type")
-        if kind != (FAMILY, "epsilon"):
-            raise BundleError(f"{origin}: expected family {FAMILY!r} predicting 'epsilon', found {brief(kind)}")
+        family, prediction = body.get("family"), body.get("prediction_type")
+        if family != FAMILY or prediction not in PREDICTION_TYPES:
+            raise BundleError(
+                f"{origin}: expected family {FAMILY!r} predicting {', '.join(PREDICTION_TYPES)}, found "
+                f"{brief((family, prediction))}"
+            )
         try:
             manifest = cls(
                 spec=UNetSpec.from_json(body["spec"]),
                 noise_schedule=NoiseSchedule.from_json(body["noise_schedule"]),
-                prediction_type="epsilon",
+                prediction_type=prediction,
                 variants=tuple(_variant(entry) for entry in _list(body["variants"])),
                 files=tuple(_typed(FileInfo, _object(entry)) for entry in _list(body["files"])),
                 provenance=_object(body["provenance"]),
@@ -191,16 +203,30 @@ class Manifest:
             raise BundleError(f"{variant.id}: expected the role 'denoiser', found {brief(variant.role)}")
         if not variant.file.endswith(".onnx"):  # a backend tells formats by it
             raise BundleError(f"{variant.id}: expected an .onnx file, found {brief(variant.file)}")
-        reason = self.spec.why_not(variant.width)
-        if reason is not None or variant.width_mult != variant.width / self.spec.base_channels:
-            found = f"{brief(variant.width)} ({variant.width_mult:g} of the full one)"
+        spec = self.spec if variant.spec is None else variant.spec
+        if variant.spec is not None:
+            self._check_expert(variant, variant.spec)
+        reason = spec.why_not(variant.width)
+        share = variant.width / spec.base_channels if variant.spec is None else None
+        if reason is not None or variant.width_mult != share:
+            found = f"{brief(variant.width)} ({brief(variant.width_mult)} of the full one)"
             raise BundleError(f"{variant.id}: the width {found} cannot be: {reason or 'share and width disagree'}")
-        expected = denoiser_inputs(self.spec), denoiser_outputs(self.spec)
+        expected = denoiser_inputs(spec), denoiser_outputs(spec)
         if (variant.inputs, variant.outputs) != expected:
             raise BundleError(
                 f"{variant.id}: expected the inputs and outputs {_signature(*expected)}, found "
                 f"{_signature(variant.inputs, variant.outputs)[:300]}; export the bundle again"
             )
+
+    def _check_expert(self, variant: Variant, spec: UNetSpec) -> None:
+        """Refuse a network of its own that cannot take the supernet's, or the other experts', place in a run."""
+        if (spec.sample_shape, spec.timesteps) != (self.spec.sample_shape, self.spec.timesteps):
+            expected, found = (f"{list(s.sample_shape)}, {s.timesteps} timesteps" for s in (self.spec, spec))
+            raise BundleError(f"{variant.id}: expected samples of the bundle's {expected}, found {found}")
+        if variant.width != spec.base_channels:
+            raise BundleError(f"{variant.id}: expected its spec's width {spec.base_channels}, found {variant.width}")
+        if variant.weights not in {file.path for file in self.files}:
+            raise BundleError(f"{variant.id}: its weights {brief(variant.weights)} are not among the files")
 
 
 def denoiser_inputs(spec: UNetSpec) -> tuple[TensorInfo, ...]:
@@ -232,8 +258,22 @@ def checksum_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _variant_to_json(variant: Variant) -> dict[str, Any]:
+    """What a variant of a supernet has not is left out."""
+    own = {} if variant.spec is None else {"spec": variant.spec.to_json()}
+    return {name: value for name, value in asdict(variant).items() if value is not None} | own
+
+
 def _variant(entry: object) -> Variant:
     data = _object(entry)
+    expert, width = {"spec", "weights"}, {"width_mult"}
+    own, foreign = (expert, width) if "spec" in data else (width, expert)
+    if clash := sorted(foreign & data.keys()):
+        raise TypeError(f"{clash[0]} meets {min(own)}: a variant is a width of the supernet or a network of its own")
+    if absent := sorted(own - data.keys()):
+        raise KeyError(absent[0])
+    if "spec" in data:
+        data = data | {"spec": UNetSpec.from_json(data["spec"])}
     if data["precision"] not in ("fp32", "fp16"):
         raise TypeError(f"precision must be fp32 or fp16, found {brief(data['precision'])}")
     nested = {key: tuple(_tensor(_object(tensor)) for tensor in _list(data[key])) for key in ("inputs", "outputs")}
@@ -261,7 +301,9 @@ def _list(value: object) -> list[Any]:
 
 Record = TypeVar("Record", Variant, TensorInfo, Parity, FileInfo)
 
-_KINDS: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "float": (float, int), "str | None": (str,), "float | None": (float, int),
+}  # fmt: skip
 """Annotation of a field → the JSON kinds that it takes; JSON writes 1.0 as 1 in some hands."""
 
 _LEAST = {"macs": 1, "conv_linear_macs": 1, "params": 1, "width": 1}
@@ -271,9 +313,10 @@ _PATTERNS = {"id": re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII), "sha256": r
 def _typed(record: type[Record], entry: dict[str, Any]) -> Record:
     """Build a record, refusing a value of the wrong JSON kind or out of range (a dataclass itself checks none)."""
     for field in fields(record):
-        kinds, value = _KINDS.get(getattr(field.type, "__name__", str(field.type))), entry[field.name]
-        if kinds is None:
+        kinds = _KINDS.get(getattr(field.type, "__name__", str(field.type)))
+        if kinds is None or (field.default is None and field.name not in entry):
             continue
+        value = entry[field.name]
         if type(value) not in kinds:
             raise TypeError(f"{field.name} must be {kinds[0].__name__}, found {brief(value)}")
         if kinds != (str,) and not _LEAST.get(field.name, 0) <= value <= MAX_COUNT:
@@ -282,7 +325,7 @@ def _typed(record: type[Record], entry: dict[str, Any]) -> Record:
             raise TypeError(f"size_bytes must be at most {MAX_FILE_BYTES}, found {value}")
         if field.name in _PATTERNS and not _PATTERNS[field.name].fullmatch(value):
             raise TypeError(f"{field.name} must be {_PATTERNS[field.name].pattern}, found {brief(value)}")
-        if field.name in ("file", "path"):
+        if field.name in ("file", "path", "weights"):
             _check_path(value)
     return record(**entry)
 
@@ -334,8 +377,16 @@ class Bundle:
 
     @property
     def full(self) -> Variant:
-        """The variant that costs most: the full width."""
+        """The variant that costs most: the full width, or the largest of several experts."""
         return max(self.manifest.variants, key=lambda variant: variant.macs)
+
+    def spec(self, variant: Variant) -> UNetSpec:
+        """The architecture that a variant is cut from: its own, or the supernet's."""
+        return variant.spec or self.manifest.spec
+
+    def label(self, variant: Variant) -> str:
+        """A variant as people write it: ``48 (3/8)``, or its id where it is no part of a supernet."""
+        return variant.id if variant.width_mult is None else self.manifest.spec.label(variant.width)
 
     def artefact(self, variant: Variant) -> Path:
         """The verified file of a variant: the one that was exported, and nothing that a backend should not load."""
@@ -350,19 +401,20 @@ class Bundle:
         for info in self.manifest.files:
             self._verified(info.path, info.sha256, info.size_bytes)
 
-    def weights(self) -> Path:
-        """The verified file with the supernet's weights."""
-        file = self._listed(WEIGHTS)
+    def weights(self, variant: Variant) -> Path:
+        """The verified file with the weights that a variant is cut from: its own, or the supernet's."""
+        relative = variant.weights or WEIGHTS
+        file = self._listed(relative)
         if file is None:
-            raise BundleError(f"{self.path} holds no {WEIGHTS}; export it again")
+            raise BundleError(f"{self.path} holds no {relative}; export it again")
         return file
 
-    def time_table(self) -> TimeTable:
-        """The table of time features: the checkpoint's own where it carried one."""
-        spec = self.manifest.spec
-        file = self._listed(TIME_TABLE)
+    def time_table(self, variant: Variant) -> TimeTable:
+        """The table of a variant's time features: the supernet's own where its checkpoint carried one."""
+        spec = self.spec(variant)
+        file = self._listed(TIME_TABLE) if variant.spec is None else None
         if file is None:
-            return TimeTable.sinusoidal(spec.timesteps, spec.time_features)
+            return TimeTable.sinusoidal(spec.timesteps, spec.time_features, spec.time_freq_shift)
         try:
             with open_safetensors(file, "np") as opened:
                 fits = shapes_of(opened) == {TIME_TABLE_KEY: (spec.timesteps, spec.time_features)}
@@ -371,7 +423,27 @@ class Bundle:
             raise BundleError(f"{file} is not a readable time table: {error}; export the bundle again") from error
         if rows is None or rows.dtype != np.float32 or not np.isfinite(rows).all():
             raise BundleError(f"{file} does not hold the time table of this architecture; export the bundle again")
-        return TimeTable(rows)
+        return TimeTable(rows, spec.time_freq_shift)
+
+    def time_tables(self) -> dict[str, TimeTable]:
+        """Every variant's table, by id."""
+        supernet = [variant for variant in self.manifest.variants if variant.spec is None]
+        shared = dict.fromkeys((variant.id for variant in supernet), self.time_table(supernet[0])) if supernet else {}
+        return {v.id: shared[v.id] if v.id in shared else self.time_table(v) for v in self.manifest.variants}
+
+    def scheduler_config(self) -> dict[str, Any] | None:
+        """The scheduler of the diffusers pipeline that the bundle was made from, verified; None where there was none.
+
+        Raises:
+            BundleError: a file that is damaged, or not the configuration of a scheduler.
+        """
+        file = self._listed(SCHEDULER_CONFIG)
+        if file is None:
+            return None
+        try:
+            return _object(parse_json(read_bytes(file, MAX_SCHEDULER_CONFIG_BYTES), infinity=True))
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"{file} is no scheduler's configuration: {error}; export the bundle again") from error
 
     def strategies(self) -> Mapping[str, Path]:
         """Strategy files by name (the file's name without ``.yaml``).

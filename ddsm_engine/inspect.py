@@ -31,25 +31,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe_bundle(bundle: Bundle) -> str:
     """A table of variants; every file named by the manifest is verified on the way."""
-    spec, schedule = bundle.manifest.spec, bundle.manifest.noise_schedule
+    manifest = bundle.manifest
+    spec, schedule = manifest.spec, manifest.noise_schedule
     bundle.verify()
-    published = _is_published_cifar10(spec)
+    bundle.scheduler_config()
+    experts = any(variant.spec is not None for variant in manifest.variants)
+    published = not experts and _is_published_cifar10(spec)
+    betas = f"betas {schedule.beta_start:g} … {schedule.beta_end:g}"
+    facts = [
+        f"{spec.image_size}x{spec.image_size}x{spec.channels}",
+        f"{spec.timesteps} timesteps",
+        betas if schedule.type == "linear" else schedule.type,
+        schedule.variance_type,
+        "no supernet" if experts else f"{spec.groups} groups",
+        *([] if manifest.prediction_type == "epsilon" else [f"predicts {manifest.prediction_type}"]),
+    ]
+    width = max(len(v.id) for v in manifest.variants)
     lines = [
-        f"{bundle.path}: {spec.image_size}x{spec.image_size}x{spec.channels}, {spec.timesteps} timesteps, "
-        f"betas {schedule.beta_start:g} … {schedule.beta_end:g}, {schedule.variance_type}, {spec.groups} groups",
+        f"{bundle.path}: {', '.join(facts)}",
         "GFLOPs an image and call: true | conv+linear (no attention products)"
         + (" | published table" if published else ""),
-        f"{'variant':8} {'width':>10} {'true':>9} {'conv+lin':>9} {'published' if published else '':>9} "
+        f"{'variant':{max(8, width)}} {'width':>10} {'true':>9} {'conv+lin':>9} {'published' if published else '':>9} "
         f"{'parameters':>11} {'bytes':>12} {'precision':>9} {'parity':>8}",
     ]
-    for v in bundle.variants.values():
+    for v in manifest.variants:
         constant = PUBLISHED_CIFAR10_MMACS.get(Fraction(v.width, spec.base_channels)) if published else None
+        label = v.width if v.width_mult is None else bundle.label(v)
         lines.append(
-            f"{v.id:8} {spec.label(v.width):>10} {gflops(v.macs):9.3f} {gflops(v.conv_linear_macs):9.3f} "
+            f"{v.id:{max(8, width)}} {label:>10} {gflops(v.macs):9.3f} {gflops(v.conv_linear_macs):9.3f} "
             f"{f'{gflops(constant * 1e6):.3f}' if constant else '':>9} {v.params:11,} {v.size_bytes:12,} "
             f"{v.precision:>9} {v.parity.relative_l2:8.1e}"
         )
-    lines.append(f"strategies: {', '.join(bundle.strategies()) or 'none (uniform:4/8 needs none)'}")
+    uniform = f"uniform:{bundle.full.id}" if experts else "uniform:4/8"
+    lines.append(f"strategies: {', '.join(bundle.strategies()) or f'none ({uniform} needs none)'}")
     return "\n".join(lines)
 
 
@@ -73,6 +87,7 @@ def describe_strategy(strategy: Strategy, bundle: Bundle | None) -> str:
     if mmacs is not None:
         lines.append(f"average by the published CIFAR-10 table: {gflops(mmacs * 1e6):.3f} GFLOPs")
     if bundle is not None:
+        costliest = bundle.full.id if bundle.full.width_mult is None else "the full width"
         chosen = [bundle.variants[identifier] for identifier in strategy.resolve(bundle.manifest.variants)]
         for name, costs, full in (
             ("true", [v.macs for v in chosen], bundle.full.macs),
@@ -81,6 +96,6 @@ def describe_strategy(strategy: Strategy, bundle: Bundle | None) -> str:
             average = sum(costs) / len(costs)
             lines.append(
                 f"average GFLOPs ({name}): {gflops(average):.3f}, {100 * (1 - average / full):.1f} % fewer than "
-                f"the full width's {gflops(full):.3f}: {theoretical_speedup(full, costs):.2f}x expected speed-up"
+                f"{costliest}'s {gflops(full):.3f}: {theoretical_speedup(full, costs):.2f}x expected speed-up"
             )
     return "\n".join(lines)

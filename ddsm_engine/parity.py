@@ -156,8 +156,9 @@ def compare_variants(bundle: Bundle, reference: Engines, candidates: Sequence[En
     Raises:
         BackendError: an engine that does not open or run, or a reference that is not finite.
     """
-    probes = make_probes(bundle.manifest.spec, bundle.time_table())
+    tables = bundle.time_tables()
     for variant in bundle.manifest.variants:
+        probes = make_probes(bundle.spec(variant), tables[variant.id])
         expected, *found = (
             answer(partial(open_engine, backend, bundle, variant, options=options), probes)
             for backend, options in (reference, *candidates)

@@ -25,6 +25,9 @@ _COUNTS = (
     "time_dim",
 )
 
+_NOT_DDSM = ("norm_eps", "head_channels", "asymmetric_downsample", "time_freq_shift")
+"""What DDSM's networks have as by default; older files do not name these fields, and their bytes stay as they were."""
+
 MOST_LEVELS = 17
 MOST_BLOCKS = 256
 """Residual blocks on the way down, all levels together."""
@@ -34,7 +37,7 @@ bounds what reading any supernet or checkpoint takes. CIFAR-10's has 35.9e6 in a
 MOST_SAMPLE_VALUES = 1 << 24
 """Of one sample, and of the time table: 64 MiB as float32; 3 x 2048 x 2048 is less."""
 MOST_ATTENTION_SCORES = 1 << 28
-"""Of one sample in one attention: 1 GiB as float32, 128 x 128 pixels."""
+"""Of one sample in one attention, all heads together: 1 GiB as float32, 128 x 128 pixels."""
 
 
 def make_divisible(channels: float, multiple: int) -> int:
@@ -61,6 +64,11 @@ class UNetSpec:
         time_features: Columns of the sinusoidal time table, never sliced (published: ``base_channels``).
         time_dim: Hidden width of the time embedding at full width (published: ``4 * base_channels``).
         dropout: Dropout probability, used in training only.
+        norm_eps: Added to the variance in every group norm.
+        head_channels: Channels of each attention head; None is one head over all channels, as DDSM's.
+        asymmetric_downsample: Whether the convolutions that halve the image pad it by one pixel on the right and below
+            only, as Ho et al.'s published networks do, and not on every side.
+        time_freq_shift: See ``ddsm_engine.time_table.sinusoid``; DDSM has 0, Ho et al. 1.
     """
 
     image_size: int
@@ -76,6 +84,10 @@ class UNetSpec:
     time_features: int
     time_dim: int
     dropout: float = 0.0
+    norm_eps: float = 1e-5
+    head_channels: int | None = None
+    asymmetric_downsample: bool = False
+    time_freq_shift: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what no network can be built from."""
@@ -96,21 +108,40 @@ class UNetSpec:
             raise SpecError(f"time_features must be even (sine and cosine pairs), found {self.time_features}")
         if not 0.0 <= self.dropout < 1.0:
             raise SpecError(f"dropout must lie in [0, 1), found {brief(self.dropout)}")
+        self._check_not_ddsm()
         self._check_sizes()
+
+    def _check_not_ddsm(self) -> None:
+        """Refuse impossible values of what DDSM's networks never set."""
+        if type(self.norm_eps) is not float or not 0.0 < self.norm_eps < 1.0:
+            raise SpecError(f"norm_eps must lie in (0, 1), found {brief(self.norm_eps)}")
+        head = self.head_channels
+        if head is not None and (type(head) is not int or not 1 <= head <= 1 << 16):
+            raise SpecError(f"head_channels must be a whole number from 1 to 65536, found {brief(head)}")
+        if type(self.asymmetric_downsample) is not bool:
+            raise SpecError(f"asymmetric_downsample must be true or false, found {brief(self.asymmetric_downsample)}")
+        if type(self.time_freq_shift) is not int or not 0 <= self.time_freq_shift < self.time_features // 2:
+            most = self.time_features // 2 - 1
+            raise SpecError(f"time_freq_shift must be from 0 to {most}, found {brief(self.time_freq_shift)}")
 
     def _check_sizes(self) -> None:
         """Refuse a network that would fill the memory of any machine before it drew a pixel."""
         levels = len(self.channel_mults)
-        pixels = (self.image_size >> min((*self.attention_levels, levels - 1))) ** 2
+        scores = max(self._attention_scores(level) for level in (*self.attention_levels, levels - 1))
         for what, size, most in (
             ("residual blocks on the way down", self.num_res_blocks * levels, MOST_BLOCKS),
             ("values a sample", self.channels * self.image_size**2, MOST_SAMPLE_VALUES),
             ("values in its time table", self.timesteps * self.time_features, MOST_SAMPLE_VALUES),
-            ("attention scores a sample", pixels**2, MOST_ATTENTION_SCORES),
+            ("attention scores a sample", scores, MOST_ATTENTION_SCORES),
             ("parameters in its main layers", self._main_parameters(), MOST_PARAMETERS),
         ):
             if size > most:
                 raise SpecError(f"this architecture has {size} {what}, expected at most {most}")
+
+    def _attention_scores(self, level: int) -> int:
+        """Of one sample in one attention of a level, all heads together."""
+        pixels, channels = (self.image_size >> level) ** 2, self.base_channels * self.channel_mults[level]
+        return pixels**2 * (1 if self.head_channels is None else max(1, channels // self.head_channels))
 
     def _main_parameters(self) -> int:
         """Weights of the time embedding, the head, and the two convolutions and the projection of every block."""
@@ -137,7 +168,7 @@ class UNetSpec:
         """Say why ``width`` cannot be cut, or None if it can.
 
         The layers of a block meet in additions, so the convolution's, the linear's and the attention's rounding must
-        agree, and the groups must divide the channels of every norm.
+        agree, and the groups must divide the channels of every norm, as the heads those of every attention.
         """
         if not 1 <= width <= self.base_channels:
             return f"width {width} is not within 1…{self.base_channels}"
@@ -150,6 +181,10 @@ class UNetSpec:
                 return f"{conv} channels of a convolution meet {linear} of a linear (multiple {self.linear_multiple})"
             if conv % self.groups:
                 return f"{conv} channels cannot be normalised in {self.groups} groups"
+        for level in (*self.attention_levels, len(self.channel_mults) - 1):
+            channels = self.conv_channels(self.base_channels * self.channel_mults[level], width)
+            if self.head_channels is not None and channels % self.head_channels:
+                return f"{channels} channels cannot be attended to by heads of {self.head_channels}"
         return None
 
     def widths(self) -> tuple[int, ...]:
@@ -182,8 +217,10 @@ class UNetSpec:
         return f"{width} ({fraction})"
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The spec as JSON values; fields that DDSM never sets are left out where they have their default."""
+        default = {f.name: f.default for f in fields(self) if f.name in _NOT_DDSM}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in values.items() if k not in default or v != default[k]}
 
     @classmethod
     def from_json(cls, data: object) -> "UNetSpec":
@@ -195,7 +232,7 @@ class UNetSpec:
         if not isinstance(data, dict):
             raise SpecError(f"an architecture spec must be an object, found {type(data).__name__}")
         names = {f.name for f in fields(cls)}
-        _same_names(names, data.keys())
+        _same_names(names, {*_NOT_DDSM, *data.keys()})
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         try:
             return cls(**values)

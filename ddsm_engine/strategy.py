@@ -76,14 +76,15 @@ class Strategy:
             raise StrategyError("a strategy over calls names its sampler and steps; one over timesteps names neither")
 
     @classmethod
-    def uniform(cls, width_mult: float | Fraction, timesteps: int) -> "Strategy":
-        """One width for every timestep.
+    def uniform(cls, choice: float | Choice, timesteps: int) -> "Strategy":
+        """One variant for every timestep.
 
         Args:
-            width_mult: Share of the full width, in (0, 1].
+            choice: Share of the full width, in (0, 1], or a variant's id.
             timesteps: Length of the training schedule.
         """
-        return cls((_fraction(width_mult),) * timesteps, provenance={"kind": "uniform"})
+        always = choice if isinstance(choice, str) else _fraction(choice)
+        return cls((always,) * timesteps, provenance={"kind": "uniform"})
 
     @classmethod
     def coarse(cls, runs: Iterable[tuple[int, Fraction]], timesteps: int) -> "Strategy":
@@ -114,11 +115,11 @@ class Strategy:
             StrategyError: a choice that no variant offers.
         """
         known = list(variants)
-        by_choice: dict[Choice, str] = {_fraction(v.width_mult): v.id for v in known}
+        by_choice: dict[Choice, str] = {_fraction(v.width_mult): v.id for v in known if v.width_mult is not None}
         by_choice |= {v.id: v.id for v in known}
         for choice in dict.fromkeys(self.choices):
             if choice not in by_choice:
-                offered = ", ".join(f"{v.id} ({spell(_fraction(v.width_mult))})" for v in known)
+                offered = ", ".join(_offer(v) for v in known)
                 raise StrategyError(f"the strategy asks for {spell(choice)}; the bundle offers {offered}")
         return tuple(by_choice[choice] for choice in self.choices)
 
@@ -273,6 +274,12 @@ def _choice_to_json(choice: Choice) -> dict[str, Any]:
     return {"variant": choice} if isinstance(choice, str) else {"width_mult": float(choice)}
 
 
+def _offer(variant: Variant) -> str:
+    """A variant as a strategy may name it: ``w048 (3/8)``, or its id alone."""
+    mult = variant.width_mult
+    return variant.id if mult is None else f"{variant.id} ({spell(_fraction(mult))})"
+
+
 def spell(choice: Choice) -> str:
     """A choice as people write it: ``3/8``, or a variant id."""
     if isinstance(choice, str):
@@ -282,12 +289,14 @@ def spell(choice: Choice) -> str:
 
 
 def parse_uniform(text: str, timesteps: int) -> Strategy:
-    """``uniform:4/8`` or ``uniform:0.5`` → one width for every timestep.
+    """``uniform:4/8``, ``uniform:0.5`` or ``uniform:w064`` → one variant for every timestep.
 
     Raises:
-        StrategyError: not a fraction in (0, 1].
+        StrategyError: a number that is not in (0, 1], or what can be no variant's id.
     """
+    word = text.removeprefix("uniform:")
     try:
-        return Strategy.uniform(Fraction(text.removeprefix("uniform:")), timesteps)
+        # An id begins with a letter, which no number does.
+        return Strategy.uniform(word if word[:1].isalpha() else Fraction(word), timesteps)
     except (ValueError, ZeroDivisionError) as error:
-        raise StrategyError(f"expected uniform:4/8 or uniform:0.5, found {text!r}") from error
+        raise StrategyError(f"expected uniform:4/8, uniform:0.5 or uniform:ID, found {text!r}") from error

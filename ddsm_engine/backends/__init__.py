@@ -88,5 +88,6 @@ def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options
         case "torch":
             from ddsm_engine.backends.torch import TorchEngine, network_from_weights
 
-            return TorchEngine(network_from_weights(bundle.weights(), bundle.manifest.spec, variant.width), options)
+            network = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
+            return TorchEngine(network, options)
     raise BackendError(f"unknown backend {name!r}; expected {', '.join(BACKENDS)}")

@@ -21,8 +21,8 @@ class LatencyRow:
         variant: The variant.
         batch: Images per call.
         timing: Of one call of the whole batch.
-        expected_speedup: True MACs of the full width / of this variant.
-        measured_speedup: Median time of the full width / of this variant, taken in turns in the same run.
+        expected_speedup: True MACs of the full width, or the largest expert, / of this variant.
+        measured_speedup: Median time of the same / of this variant, taken in turns in the same run.
     """
 
     variant: Variant
@@ -54,13 +54,14 @@ def measure_latency(
         BackendError: a variant whose output is not finite.
     """
     spec = bundle.manifest.spec
+    middle, tables = [spec.timesteps // 2], bundle.time_tables()
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((batch, *spec.sample_shape), dtype=np.float32)
-    features = np.repeat(bundle.time_table()[[spec.timesteps // 2]], batch, axis=0)
     engines = {v.id: open_engine(backend, bundle, v, batch, options) for v in variants}
     try:
         for identifier, engine in engines.items():
             output = np.full_like(sample, np.nan)
+            features = np.repeat(tables[identifier][middle], batch, axis=0)
             engine.bind({"sample": sample, "time_features": features}, {"out_sample": output})
             engine.run()
             if not np.isfinite(output).all():

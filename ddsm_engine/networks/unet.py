@@ -1,7 +1,8 @@
 """The static U-Net of one width: an ordinary network that knows nothing of the supernet it was cut from.
 
 The topology is pytorch-ddpm's (Ho et al. 2020, appendix B) as DDSM slims it: the shortcut of a residual block exists
-where the *full* width changes channels, and the number of groups is the same at every width.
+where the *full* width changes channels, and the number of groups is the same at every width. What diffusers'
+``UNet2DModel`` varies beside that (epsilon, heads, padding, frequencies) are fields of the spec.
 """
 
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 
 from ddsm_engine.spec import UNetSpec
 
-NORM_EPS = 1e-5
-
 
 def swish(x: Tensor) -> Tensor:
     """X · sigmoid(x), written as the published network computes it: ``F.silu`` rounds differently."""
@@ -19,41 +18,46 @@ def swish(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the pixels, scaled by the square root of the sliced channels."""
+    """Self-attention over the pixels, scaled by the square root of a head's channels; DDSM's has a single head."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, spec: UNetSpec) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.norm = nn.GroupNorm(spec.groups, channels, eps=spec.norm_eps)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        self.scale = channels**-0.5
+        head = spec.head_channels or channels
+        self.heads, self.scale = channels // head, head**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], the input added."""
         h = self.norm(x)
-        q, k, v = self.q(h).flatten(2), self.k(h).flatten(2), self.v(h).flatten(2)  # [B, C, pixels]
-        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * self.scale, dim=-1)  # [B, queries, keys]
-        attended = torch.bmm(weights, v.transpose(1, 2))  # [B, queries, C]
+        # [B * heads, channels of a head, pixels]
+        q, k, v = self._per_head(self.q(h)), self._per_head(self.k(h)), self._per_head(self.v(h))
+        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * self.scale, dim=-1)  # [B * heads, queries, keys]
+        attended = torch.bmm(weights, v.transpose(1, 2))  # [B * heads, queries, channels of a head]
         return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B * heads, channels of a head, pixels]."""
+        x = x.flatten(2)
+        return x if self.heads == 1 else x.reshape(-1, x.shape[1] // self.heads, x.shape[2])
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions around the addition of the time projection, then attention where the level has it."""
 
-    def __init__(
-        self, channels_in: int, channels_out: int, time_dim: int, groups: int, dropout: float, *, attention: bool
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, time_dim: int, spec: UNetSpec, *, attention: bool) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels_in, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(spec.groups, channels_in, eps=spec.norm_eps)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time = nn.Linear(time_dim, channels_out)
-        self.norm2 = nn.GroupNorm(groups, channels_out, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = nn.GroupNorm(spec.groups, channels_out, eps=spec.norm_eps)
+        self.dropout = nn.Dropout(spec.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        self.attention = Attention(channels_out, groups) if attention else nn.Identity()
+        self.attention = Attention(channels_out, spec) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time_projection: Tensor) -> Tensor:
         """[B, C_in, H, W] and the block's own time projection [B, C_out] → [B, C_out, H, W]."""
@@ -65,13 +69,14 @@ class ResidualBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve the image with a strided convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, spec: UNetSpec) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.is_asymmetric = spec.asymmetric_downsample
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.is_asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H/2, W/2]."""
-        return self.conv(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.is_asymmetric else x)
 
 
 class Upsample(nn.Module):
@@ -102,13 +107,13 @@ class TimeEmbedding(nn.Module):
 class Tail(nn.Module):
     """The output convolution, which no width slices on its outputs."""
 
-    def __init__(self, channels: int, channels_out: int, groups: int) -> None:
+    def __init__(self, channels: int, spec: UNetSpec) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
-        self.conv = nn.Conv2d(channels, channels_out, 3, padding=1)
+        self.norm = nn.GroupNorm(spec.groups, channels, eps=spec.norm_eps)
+        self.conv = nn.Conv2d(channels, spec.channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, channels_out, H, W]."""
+        """[B, C, H, W] → [B, the sample's channels, H, W]."""
         return self.conv(swish(self.norm(x)))
 
 
@@ -126,7 +131,7 @@ class UNet(nn.Module):
         time_dim = spec.linear_channels(spec.time_dim, width)
 
         def block(channels_in: int, channels_out: int, *, attention: bool) -> ResidualBlock:
-            return ResidualBlock(channels_in, channels_out, time_dim, spec.groups, spec.dropout, attention=attention)
+            return ResidualBlock(channels_in, channels_out, time_dim, spec, attention=attention)
 
         channels = spec.conv_channels(spec.base_channels, width)
         self.time = TimeEmbedding(spec.time_features, time_dim)
@@ -141,7 +146,7 @@ class UNet(nn.Module):
                 channels = level_channels
                 skips.append(channels)
             if level != last:
-                self.down.append(Downsample(channels))
+                self.down.append(Downsample(channels, spec))
                 skips.append(channels)
         self.middle = nn.ModuleList(
             [block(channels, channels, attention=True), block(channels, channels, attention=False)]
@@ -155,7 +160,7 @@ class UNet(nn.Module):
                 channels = level_channels
             if level != 0:
                 self.up.append(Upsample(channels))
-        self.tail = Tail(channels, spec.channels, spec.groups)
+        self.tail = Tail(channels, spec)
 
     def residual_blocks(self) -> list[ResidualBlock]:
         """The residual blocks in the order in which they run."""

@@ -1,17 +1,18 @@
-"""Supernet → bundle: cut, export, compare, and let the folder appear whole or not at all."""
+"""Supernet, or experts → bundle: cut, export, compare, and let the folder appear whole or not at all."""
 
 import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ddsm_engine.bundle import (
     MANIFEST,
+    SCHEDULER_CONFIG,
     TIME_TABLE,
     TIME_TABLE_KEY,
     WEIGHTS,
@@ -27,6 +28,7 @@ from ddsm_engine.files import atomic_path, refuse_existing, sha256_of
 from ddsm_engine.networks.slicing import subnetwork
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.strategy import Strategy
+from ddsm_export.checkpoints import Expert
 from ddsm_export.cost import count_cost
 from ddsm_export.onnx import DEFAULT_OPSET, onnx_from_subnetwork
 from ddsm_export.parity import measure_parity
@@ -94,13 +96,13 @@ def export_bundle(
         variants = []
         for width in widths:
             started = time.perf_counter()
-            variants.append(_export_variant(supernet, width, folder, options))
-            report(_progress_line(supernet.spec, variants[-1], time.perf_counter() - started))
+            variants.append(_export_variant(supernet, width, f"w{width:03d}", folder, options))
+            report(_progress_line(_label(supernet.spec, variants[-1]), variants[-1], time.perf_counter() - started))
         save_supernet(supernet, folder / WEIGHTS)
         for name, strategy in (strategies or {}).items():
             strategy.resolve(variants)
             strategy.save(folder / "strategies" / f"{name}.yaml")
-        (folder / "README.md").write_text(card(supernet, variants), encoding="utf-8")
+        (folder / "README.md").write_text(card(supernet.spec, variants, supernet.provenance), encoding="utf-8")
         if supernet.time_table is not None:
             save_tensors({TIME_TABLE_KEY: supernet.time_table}, folder / TIME_TABLE)
         written = [
@@ -115,19 +117,78 @@ def export_bundle(
             prediction_type="epsilon",
             variants=tuple(variants),
             files=tuple(_file_info(folder, path) for path in written),
-            provenance={
-                "supernet": dict(supernet.provenance),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "opset": options.opset,
-                "versions": {name: version(name) for name in ("ddsm-engine", "torch", "onnx", "onnxscript")},
-            },
+            provenance={"supernet": dict(supernet.provenance)},
         )
-        (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        _write_manifest(manifest, folder, options)
 
 
-def _export_variant(supernet: Supernet, width: int, folder: Path, options: ExportOptions) -> Variant:
+def export_experts(
+    experts: Sequence[Expert],
+    output: Path,
+    options: ExportOptions,
+    *,
+    force: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write one bundle of networks that were trained each by itself; the scheduler in it is the first one's.
+
+    Args:
+        experts: What to export, each at its only width; they agree in what ``read_experts`` asks of them.
+        output: The bundle's folder.
+        options: Precision and opset.
+        force: Replace a bundle that is there; it stays until the new one is whole, and is deleted last.
+        report: Gets one line per expert.
+
+    Raises:
+        OutputError: the output exists.
+        SpecError: an expert whose architecture cannot be built.
+        BackendError: an artefact that differs from its network.
+    """
+    refuse_existing(output, force=force, marker=MANIFEST)
+    with atomic_path(output, replace=force) as folder:
+        (folder / "variants").mkdir(parents=True)
+        variants = []
+        for expert in experts:
+            started, network = time.perf_counter(), expert.network
+            cut = _export_variant(network, network.spec.base_channels, expert.id, folder, options)
+            weights = f"variants/{expert.id}/{WEIGHTS}"
+            # Without a supernet's header: what was not trained to be sliced is not to be exported as if it were.
+            save_tensors(dict(network.weights), folder / weights)
+            variants.append(replace(cut, width_mult=None, spec=network.spec, weights=weights))
+            report(_progress_line(_label(network.spec, variants[-1]), variants[-1], time.perf_counter() - started))
+        variants.sort(key=lambda variant: variant.macs)
+        spec = {expert.id: expert.network.spec for expert in experts}[variants[-1].id]
+        provenance = {expert.id: dict(expert.network.provenance) for expert in experts}
+        (folder / "README.md").write_text(card(spec, variants, provenance), encoding="utf-8")
+        (folder / SCHEDULER_CONFIG).parent.mkdir()
+        (folder / SCHEDULER_CONFIG).write_text(
+            json.dumps(dict(experts[0].scheduler_config), indent=1) + "\n", encoding="utf-8"
+        )
+        written = ["README.md", SCHEDULER_CONFIG, *(f"variants/{variant.id}/{WEIGHTS}" for variant in variants)]
+        manifest = Manifest(
+            spec=spec,
+            noise_schedule=experts[0].network.noise_schedule,
+            prediction_type=experts[0].prediction_type,
+            variants=tuple(variants),
+            files=tuple(_file_info(folder, path) for path in written),
+            provenance={"experts": provenance},
+        )
+        _write_manifest(manifest, folder, options)
+
+
+def _write_manifest(manifest: Manifest, folder: Path, options: ExportOptions) -> None:
+    """Add when and with what the bundle was made."""
+    made = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "opset": options.opset,
+        "versions": {name: version(name) for name in ("ddsm-engine", "torch", "onnx", "onnxscript")},
+    }
+    manifest = replace(manifest, provenance={**manifest.provenance, **made})
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def _export_variant(supernet: Supernet, width: int, identifier: str, folder: Path, options: ExportOptions) -> Variant:
     spec = supernet.spec
-    identifier = f"w{width:03d}"
     relative = f"variants/{identifier}/model.onnx"
     artefact = folder / relative
     artefact.parent.mkdir()
@@ -159,31 +220,41 @@ def _file_info(folder: Path, relative: str) -> FileInfo:
     return FileInfo(path=relative, sha256=sha256_of(file), size_bytes=file.stat().st_size)
 
 
-def _progress_line(spec: UNetSpec, variant: Variant, seconds: float) -> str:
+def _label(spec: UNetSpec, variant: Variant) -> str:
+    return spec.label(variant.width) if variant.spec is None else str(variant.width)
+
+
+def _progress_line(label: str, variant: Variant, seconds: float) -> str:
     return (
-        f"{variant.id}  {spec.label(variant.width):>10}  {gflops(variant.macs):6.3f} GFLOPs  "
+        f"{variant.id}  {label:>10}  {gflops(variant.macs):6.3f} GFLOPs  "
         f"{variant.size_bytes / 1e6:6.1f} MB  parity {variant.parity.relative_l2:.1e}  {seconds:4.1f} s"
     )
 
 
-def card(supernet: Supernet, variants: Sequence[Variant]) -> str:
-    """The bundle's README: a table of its variants and where the weights come from."""
-    spec = supernet.spec
+def card(spec: UNetSpec, variants: Sequence[Variant], provenance: Mapping[str, Any]) -> str:
+    """The bundle's README: a table of its variants and where the weights come from.
+
+    Args:
+        spec: The architecture of the last variant.
+        variants: The cheapest first.
+        provenance: Of the weights, as JSON values.
+    """
+    widest = variants[-1]
+    what = "sub-networks" if widest.spec is None else "networks"
+    choice = spec.label(widest.width).split("(")[1][:-1] if widest.spec is None else widest.id
     rows = "\n".join(
-        f"| {v.id} | {spec.label(v.width)} | {gflops(v.macs):.3f} | {gflops(v.conv_linear_macs):.3f} | {v.params:,} | "
+        f"| {v.id} | {_label(spec, v)} | {gflops(v.macs):.3f} | {gflops(v.conv_linear_macs):.3f} | {v.params:,} | "
         f"{v.size_bytes / 1e6:.1f} | {v.parity.relative_l2:.1e} |"
         for v in variants
     )
-    provenance = json.dumps(dict(supernet.provenance), indent=1)
     return (
-        f"# Bundle of static sub-networks\n\n"
-        f"{spec.image_size}x{spec.image_size}, {spec.channels} channels, {spec.timesteps} timesteps, "
-        f"{spec.groups} groups in every norm.\n\n"
+        f"# Bundle of static {what}\n\n"
+        f"{spec.image_size}x{spec.image_size}, {spec.channels} channels, {spec.timesteps} timesteps"
+        f"{'' if widest.spec else f', {spec.groups} groups in every norm'}.\n\n"
         f"| variant | width | GFLOPs (true) | GFLOPs (conv+linear) | parameters | MB | parity, relative L2 |\n"
         f"|---|---|---|---|---|---|---|\n{rows}\n\n"
-        f"Parity compares the file with the sliced torch network on random inputs "
+        f"Parity compares the file with the {'torch' if widest.spec else 'sliced torch'} network on random inputs "
         f"({variants[0].parity.backend}, tolerance {variants[0].parity.tolerance:.0e}).\n\n"
-        f"Draw images: `python -m ddsm_engine.run --bundle . --strategy uniform:"
-        f"{spec.label(variants[-1].width).split('(')[1][:-1]} -o images.png`\n\n"
-        f"## Where the weights come from\n\n```json\n{provenance}\n```\n"
+        f"Draw images: `python -m ddsm_engine.run --bundle . --strategy uniform:{choice} -o images.png`\n\n"
+        f"## Where the weights come from\n\n```json\n{json.dumps(dict(provenance), indent=1)}\n```\n"
     )

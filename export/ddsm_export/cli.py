@@ -1,20 +1,26 @@
-"""``ddsm-export SUPERNET.pt``: a trained supernet → a bundle of static sub-networks."""
+"""``ddsm-export SUPERNET.pt``: a trained supernet, or diffusers' folders → a bundle of static networks."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddsm_engine.bundle import MANIFEST
+from ddsm_engine.bundle import MANIFEST, Bundle
 from ddsm_engine.cli import guarded
-from ddsm_engine.errors import SpecError
+from ddsm_engine.errors import CheckpointError, OutputError, SpecError
 from ddsm_engine.files import refuse_existing
 from ddsm_engine.spec import UNetSpec
+from ddsm_engine.untrusted import brief
 
 if TYPE_CHECKING:
-    from ddsm_export.checkpoints import Facts
+    from ddsm_export.checkpoints import Expert, Facts
+
+BESIDE_A_CHECKPOINT = (
+    "weights", "flagfile", "groups", "image_size", "beta_1", "beta_T", "var_type", "conv_multiple", "linear_multiple",
+)  # fmt: skip
+"""Options that say which part of a checkpoint is meant, or what it cannot tell."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,13 +28,21 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="ddsm-export", description="Cut a trained supernet into static sub-networks and write them as a bundle."
     )
-    p.add_argument("supernet", type=Path, help="a DDSM training checkpoint, a bare state dict, or our .safetensors")
+    p.add_argument(
+        "sources", nargs="+", type=Path, metavar="SUPERNET",
+        help="a DDSM training checkpoint, a bare state dict, or our .safetensors; or one or more folders of diffusers' "
+        "UNet2DModel, each of which becomes a variant as it is",
+    )  # fmt: skip
     p.add_argument("-o", "--output", type=Path, help="the bundle's folder (default: <name>.bundle)")
     p.add_argument("--weights", choices=("ema", "net"), default="ema", help="which weights of a checkpoint")
     p.add_argument("--widths", help="comma-separated, as channels (32,64) or eighths (2/8,4/8); default: all that work")
     p.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the ONNX files")
     p.add_argument("--opset", type=int, choices=range(17, 22), default=18)
     p.add_argument("--force", action="store_true", help="replace a bundle that exists")
+    p.add_argument(
+        "--to", nargs=2, metavar=("FORMAT", "DIR"),
+        help="instead of a bundle, write the sub-networks (of a bundle, too) for another library: diffusers DIR",
+    )  # fmt: skip
     facts = p.add_argument_group(
         "what a published checkpoint cannot tell", "from flagfile.txt beside it, or given here; never guessed"
     )
@@ -55,7 +69,13 @@ def export(arguments: argparse.Namespace) -> None:
     Raises:
         DdsmError: anything that does not fit; nothing is then written.
     """
-    source: Path = arguments.supernet
+    if arguments.to is not None:
+        export_to_diffusers(arguments)
+        return
+    if any(source.is_dir() for source in arguments.sources):
+        export_folders(arguments)
+        return
+    source = only_source(arguments)
     output: Path = arguments.output or source.with_suffix(".bundle")
     refuse_existing(output, force=arguments.force, marker=MANIFEST)
     # Imported here so that --help and a wrong path answer at once, without torch.
@@ -75,6 +95,100 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{output}: {sum(1 for _ in output.glob('variants/*'))} variants; look inside with: ddsm inspect {output}")
 
 
+def only_source(arguments: argparse.Namespace) -> Path:
+    """The file or folder to export, where several make no sense.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if len(arguments.sources) > 1:
+        raise CheckpointError(
+            f"only folders of diffusers go together into one bundle, found {len(arguments.sources)} sources with "
+            f"{next(source for source in arguments.sources if not source.is_dir())}: export each supernet by itself"
+        )
+    return Path(arguments.sources[0])
+
+
+def export_folders(arguments: argparse.Namespace) -> None:
+    """Write one bundle of the networks in diffusers' folders, each a variant as it was trained.
+
+    Raises:
+        DdsmError: anything that does not fit; nothing is then written.
+    """
+    sources: list[Path] = arguments.sources
+    if not all(source.is_dir() for source in sources):
+        only_source(arguments)
+    _refuse_options(arguments, ("weights", "widths", "flagfile"), "is for supernets: leave it out with these folders")
+    if arguments.output is None and len(sources) > 1:
+        raise OutputError(f"{len(sources)} folders make one bundle, which needs a name: give -o NAME.bundle")
+    place = sources[0] if sources[0].name.strip(".") else sources[0].resolve()
+    output: Path = arguments.output or place.with_name(f"{place.name}.bundle")
+    refuse_existing(output, force=arguments.force, marker=MANIFEST)
+    from ddsm_export.bundling import ExportOptions, export_experts
+    from ddsm_export.checkpoints import read_experts
+
+    experts = read_experts(sources, known_facts(arguments))
+    for other in experts[1:]:
+        if differing := _differing(experts[0], other):
+            print(f"the scheduler is that of {experts[0].id}; {other.id} differs in {differing}", file=sys.stderr)
+    options = ExportOptions(precision=arguments.precision, opset=arguments.opset)
+    export_experts(
+        experts, output, options, force=arguments.force, report=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    print(f"{output}: {len(experts)} variants; look inside with: ddsm inspect {output}")
+
+
+def _differing(one: "Expert", other: "Expert") -> str:
+    """The fields in which the schedulers of two experts differ."""
+    mine, theirs = one.scheduler_config, other.scheduler_config
+    names = sorted((mine.keys() | theirs.keys()) - {"_diffusers_version"})
+    names = [name for name in names if mine.get(name) != theirs.get(name)]
+    return ", ".join(brief(name)[1:-1] for name in names[:5])
+
+
+def export_to_diffusers(arguments: argparse.Namespace) -> None:
+    """``--to diffusers DIR``: the sub-networks of a supernet, or the variants of a bundle, as diffusers pipelines.
+
+    Raises:
+        DdsmError: anything that does not fit; nothing is then written.
+    """
+    format_name, output = arguments.to[0], Path(arguments.to[1])
+    if format_name != "diffusers":
+        raise OutputError(f"--to writes diffusers, found {format_name!r}")
+    _refuse_options(arguments, ("output", "precision", "opset"), "is for bundles: leave it out with --to diffusers")
+    from ddsm_export.bundling import choose_widths
+    from ddsm_export.checkpoints import open_supernet
+    from ddsm_export.diffusers import INDEX, diffusers_from_bundle, diffusers_from_supernet
+
+    refuse_existing(output, force=arguments.force, marker=INDEX)
+    if len(arguments.sources) > 1:
+        raise OutputError(f"--to diffusers takes one supernet or bundle, found {len(arguments.sources)}")
+    source: Path = arguments.sources[0]
+    if (source / MANIFEST).is_file():
+        _refuse_options(arguments, BESIDE_A_CHECKPOINT, "is for checkpoints, and a bundle knows it: leave it out")
+        bundle = Bundle.open(source)
+        if any(variant.width_mult is None for variant in bundle.manifest.variants):
+            _refuse_options(arguments, ("widths",), "is for supernets, and this bundle holds none: leave it out")
+        widths = arguments.widths and parse_widths(arguments.widths, bundle.manifest.spec)
+        written = diffusers_from_bundle(bundle, output, widths, force=arguments.force)
+    else:
+        if source.is_dir():
+            raise OutputError(f"{source} is not a bundle: {MANIFEST} is missing; make one of it first, without --to")
+        supernet = open_supernet(source, known_facts(arguments), arguments.weights)
+        widths = arguments.widths and parse_widths(arguments.widths, supernet.spec)
+        written = diffusers_from_supernet(supernet, output, choose_widths(supernet.spec, widths), force=arguments.force)
+    print(
+        f"{output}: {', '.join(written)}; each loads with DDPMPipeline.from_pretrained, once ddsm_engine.diffusers is "
+        f"imported (a full width: without)"
+    )
+
+
+def _refuse_options(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    for name in names:
+        if getattr(arguments, name) != parser().get_default(name):
+            raise OutputError(f"--{name.replace('_', '-')} {why}")
+
+
 def known_facts(arguments: argparse.Namespace) -> "Facts":
     """What the options and the flagfile say of the checkpoint; options win."""
     from ddsm_export.checkpoints import VAR_TYPES, Facts, facts_from_flagfile
@@ -88,9 +202,10 @@ def known_facts(arguments: argparse.Namespace) -> "Facts":
         conv_multiple=arguments.conv_multiple,
         linear_multiple=arguments.linear_multiple,
     )
-    beside = arguments.supernet.with_name("flagfile.txt")
-    # Our own file records everything itself; a flagfile that happens to lie beside it is another training's.
-    lies_beside = beside.is_file() and arguments.supernet.suffix != ".safetensors"
+    source: Path = arguments.sources[0]
+    beside = source.parent / "flagfile.txt"
+    # Our own file and diffusers' folders record everything; a flagfile that lies beside one is another training's.
+    lies_beside = beside.is_file() and source.is_file() and source.suffix != ".safetensors"
     flagfile = arguments.flagfile or (beside if lies_beside else None)
     return options if flagfile is None else options.over(facts_from_flagfile(flagfile))
 

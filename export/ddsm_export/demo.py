@@ -117,7 +117,7 @@ def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Resu
     print(f"\n{trace.backend} {trace.precision}, batch {trace.batch_size}; ms are per image and call, median")
     print(f"{'width':>10} {'GFLOPs':>8} {'ms':>8} {'expected':>9} {'measured':>9}")
     for row in rows:
-        label = f"{Fraction(row.variant.width_mult) * 8}/8"
+        label = f"{_eighths(row, rows):g}/8"
         print(
             f"{label:>10} {gflops(row.variant.macs):8.3f} {row.ms_per_image:8.2f} {row.expected_speedup:8.2f}x "
             f"{row.measured_speedup:8.2f}x"
@@ -137,6 +137,11 @@ def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Resu
     )
 
 
+def _eighths(row: LatencyRow, rows: Sequence[LatencyRow]) -> float:
+    """A variant's width in eighths of the widest."""
+    return 8 * row.variant.width / max(other.variant.width for other in rows)
+
+
 def draw_picture(plan: Plan, rows: Sequence[LatencyRow], path: Path) -> None:
     """Width over timestep, and measured milliseconds beside GFLOPs per width."""
     import matplotlib as mpl
@@ -144,15 +149,15 @@ def draw_picture(plan: Plan, rows: Sequence[LatencyRow], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    mults = {row.variant.id: row.variant.width_mult for row in rows}
+    eighths = {row.variant.id: _eighths(row, rows) for row in rows}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.step(plan.timesteps, [mults[v] * 8 for v in plan.variants], where="mid", color="#31688e", linewidth=2)
+    left.step(plan.timesteps, [eighths[v] for v in plan.variants], where="mid", color="#31688e", linewidth=2)
     left.set(xlabel="timestep t (sampling runs from right to left)", ylabel="width, eighths", ylim=(0, 8.5))
     left.set_title("the strategy: which width serves which timestep")
     positions = np.arange(len(rows))
     right.bar(positions - 0.2, [gflops(r.variant.macs) for r in rows], 0.4, color="#b5b5b5", label="GFLOPs (true)")
     right.set(ylabel="GFLOPs per image and call", xlabel="width", title="what is promised, and what it takes")
-    right.set_xticks(positions, [f"{Fraction(r.variant.width_mult) * 8}/8" for r in rows])
+    right.set_xticks(positions, [f"{width:g}/8" for width in eighths.values()])
     milliseconds = right.twinx()
     spread = [
         [(r.timing.median_ms - r.timing.p20_ms) / r.batch for r in rows],

@@ -60,8 +60,8 @@ class Supernet:
     def time_features(self) -> TimeTable:
         """What the network reads of a timestep."""
         if self.time_table is None:
-            return TimeTable.sinusoidal(self.spec.timesteps, self.spec.time_features)
-        return TimeTable(self.time_table.numpy())
+            return TimeTable.sinusoidal(self.spec.timesteps, self.spec.time_features, self.spec.time_freq_shift)
+        return TimeTable(self.time_table.numpy(), self.spec.time_freq_shift)
 
 
 def _check_shapes(spec: UNetSpec, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -145,7 +145,7 @@ def test_an_answer_that_is_not_finite_is_refused(bundle: Bundle, monkeypatch: py
 def test_steps_are_drawn_by_the_published_strategy(bundle: Bundle) -> None:
     rows = measure_steps(lambda size: bundle, ORT, 3)
     assert [row["steps"] for row in rows] == [4, 8]
-    macs = {round(8 * v.width_mult): v.macs for v in bundle.manifest.variants}
+    macs = {8 * v.width // bundle.full.width: v.macs for v in bundle.manifest.variants}
     # 4 calls visit 750, 500, 250, 0: half width twice, full width twice.
     assert rows[0]["gflops_per_call"] == pytest.approx(2 * (macs[4] + macs[8]) / 2 / 1e9)
     for row in rows:

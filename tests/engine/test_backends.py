@@ -23,7 +23,7 @@ VARIANTS = [f"w{width:03d}" for width in TINY.widths()]
 def forward(backend: str, bundle: Bundle, variant: str, x: NDArray[np.float32], t: list[int]) -> NDArray[np.float32]:
     engine = open_engine(backend, bundle, bundle.variants[variant], len(x), FP32)
     out = np.full_like(x, np.nan)
-    engine.bind({"sample": x, "time_features": bundle.time_table()[t]}, {"out_sample": out})
+    engine.bind({"sample": x, "time_features": bundle.time_table(bundle.full)[t]}, {"out_sample": out})
     engine.run()
     engine.close()
     return out
@@ -41,7 +41,7 @@ def test_every_variant_on_every_backend_is_the_dynamic_network(
 ) -> None:
     x = np.random.default_rng(batch).standard_normal((batch, *TINY.sample_shape), dtype=np.float32)
     t = [0, 999, 412][:batch]
-    width_mult = bundle.variants[variant].width_mult
+    width_mult = bundle.variants[variant].width / TINY.base_channels
     expected = dynamic_unet(CONFIG, STATE, torch.from_numpy(x), torch.tensor(t), width_mult).numpy()
     assert expected.std() > 0.05, "outputs must be of order one for the comparison to mean anything"
     assert relative_l2(forward(backend, bundle, variant, x, t), expected) <= FORWARD[backend]
@@ -55,10 +55,10 @@ def test_a_batch_split_over_streams_is_put_together_again(batch: int, bundle: Bu
     assert engine_target("openvino", options, batch)["streams"] == (1 if batch == 3 else 2)
     engine = open_engine("openvino", bundle, bundle.variants["w020"], batch, options)
     out = np.full_like(x, np.nan)
-    engine.bind({"sample": x, "time_features": bundle.time_table()[t]}, {"out_sample": out})
+    engine.bind({"sample": x, "time_features": bundle.time_table(bundle.full)[t]}, {"out_sample": out})
     engine.run()
     engine.close()
-    width_mult = bundle.variants["w020"].width_mult
+    width_mult = bundle.variants["w020"].width / TINY.base_channels
     expected = dynamic_unet(CONFIG, STATE, torch.from_numpy(x), torch.tensor(t), width_mult).numpy()
     assert relative_l2(out, expected) <= FORWARD["openvino"]
 
@@ -83,7 +83,7 @@ def test_an_engine_reads_and_writes_the_bound_arrays_in_place(backend: str, bund
     x = np.ones((2, *TINY.sample_shape), np.float32)
     out = np.full_like(x, np.nan)
     engine = open_engine(backend, bundle, bundle.variants["w008"], 2, FP32)
-    engine.bind({"sample": x, "time_features": bundle.time_table()[[5, 5]]}, {"out_sample": out})
+    engine.bind({"sample": x, "time_features": bundle.time_table(bundle.full)[[5, 5]]}, {"out_sample": out})
     engine.run()
     first = out.copy()
     x[...] = 0.5

@@ -285,7 +285,9 @@ def test_resealing_alone_is_no_reason_to_refuse(copy: Path) -> None:
         pytest.param(lambda data: data.update(format="other"), "is not the manifest of a bundle", id="format-other"),
         pytest.param(lambda data: data.pop("format"), "is not the manifest of a bundle", id="no-format"),
         pytest.param(
-            lambda data: data.update(family="dit"), "predicting 'epsilon', found ('dit', 'epsilon')", id="family"
+            lambda data: data.update(family="dit"),
+            "predicting epsilon, sample, v_prediction, found ('dit', 'epsilon')",
+            id="family",
         ),
         pytest.param(lambda data: data.update(prediction_type="v"), "found ('ddsm-unet', 'v')", id="prediction"),
         pytest.param(lambda data: data.update(variants=[]), "lists no variants", id="no-variants"),
@@ -324,7 +326,7 @@ def test_a_manifest_that_cannot_be_is_refused_whatever_its_checksum_says(
 @pytest.mark.parametrize("name", ["family", "prediction_type"])
 def test_a_manifest_without_its_family_is_refused(copy: Path, refusal: Refusal, name: str) -> None:
     reseal(copy, lambda data: data.pop(name))
-    assert "expected family 'ddsm-unet' predicting 'epsilon', found" in refusal(inspect.main, copy)
+    assert "expected family 'ddsm-unet' predicting epsilon, sample, v_prediction, found" in refusal(inspect.main, copy)
 
 
 def _nested(depth: int) -> bytes:
@@ -423,7 +425,7 @@ def test_a_file_is_hashed_when_it_is_asked_for_and_not_before(copy: Path) -> Non
     opened = Bundle.open(copy)
     assert sha256_of(opened.artefact(opened.variants["w008"])) == opened.variants["w008"].sha256
     with pytest.raises(BundleError, match="is damaged"):
-        opened.weights()
+        opened.weights(opened.full)
 
 
 def test_a_bundle_that_a_kill_left_aside_is_put_back_when_it_is_opened(bundle_path: Path, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.models.embeddings import get_timestep_embedding
 
 from ddsm_engine.errors import SamplerError
-from ddsm_engine.noise_schedule import NoiseSchedule, VarianceType
+from ddsm_engine.noise_schedule import SCHEDULE_TYPES, NoiseSchedule, ScheduleType, VarianceType
 from ddsm_engine.time_table import TimeTable, sinusoid
 from tests.oracle.dynamic_unet import time_table
 from tests.oracle.sampling import PublishedSchedule
@@ -35,6 +37,29 @@ VALID: dict[str, Any] = NoiseSchedule(1e-4, 0.02, 1000).to_json()
 def test_betas_are_those_of_a_float32_linspace_bit_for_bit(start: float, end: float, timesteps: int) -> None:
     expected = torch.linspace(start, end, timesteps, dtype=torch.float32).double().numpy()
     np.testing.assert_array_equal(NoiseSchedule(start, end, timesteps).betas, expected, strict=True)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="without vector instructions torch spaces by a product and a sum, and rounds twice",
+)
+@pytest.mark.parametrize(("start", "end", "timesteps"), [*RANGES, (0.00085, 0.012, 1000)])
+@pytest.mark.parametrize("kind", SCHEDULE_TYPES)
+def test_betas_of_every_type_are_diffusers_bit_for_bit(
+    kind: ScheduleType, start: float, end: float, timesteps: int
+) -> None:
+    theirs = DDPMScheduler(
+        num_train_timesteps=timesteps, beta_start=start, beta_end=end, beta_schedule=kind
+    ).betas.double()
+    found = NoiseSchedule(start, end, timesteps, type=kind).betas
+    np.testing.assert_array_equal(found, theirs.numpy(), strict=True)
+
+
+def test_the_types_of_a_schedule_differ_inside_and_meet_at_the_ends_of_a_line() -> None:
+    line, square, cosine = (NoiseSchedule(1e-4, 0.02, 1000, type=kind).betas for kind in SCHEDULE_TYPES)
+    assert line[[0, -1]] == pytest.approx(square[[0, -1]], rel=1e-6)
+    assert (square[1:-1] < line[1:-1]).all()
+    assert cosine[-1] == np.float32(0.999)
 
 
 def test_betas_of_the_published_schedule_are_these_on_every_machine() -> None:
@@ -85,6 +110,24 @@ def test_a_fractional_timestep_lies_between_its_neighbours() -> None:
     assert before < between < after
 
 
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize("features", [16, 128, 224])
+def test_shifted_frequencies_are_diffusers(features: int, shift: int) -> None:
+    timesteps = [0.0, 1.0, 7.25, 412.0, 998.5, 999.0]
+    sines, cosines = get_timestep_embedding(torch.tensor(timesteps), features, downscale_freq_shift=shift).chunk(2, 1)
+    expected = torch.stack([sines, cosines], dim=2).flatten(1).numpy()
+    # An exponential's last bit, times the timestep.
+    np.testing.assert_allclose(sinusoid(timesteps, features, shift), expected, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(sinusoid(timesteps, features, 0), sinusoid(timesteps, features))
+    assert np.abs(sinusoid(timesteps, features) - expected).max() > 0.1
+
+
+def test_a_table_knows_its_shift_between_its_rows() -> None:
+    table = TimeTable.sinusoidal(1000, 16, 1)
+    np.testing.assert_array_equal(table[[3, 3.5, 1000]], sinusoid([3, 3.5, 1000], 16, 1))
+    assert table.features == 16
+
+
 def test_a_carried_table_serves_whole_timesteps_bit_for_bit() -> None:
     published = time_table(1000, 128).numpy()
     table = TimeTable(published)
@@ -93,10 +136,13 @@ def test_a_carried_table_serves_whole_timesteps_bit_for_bit() -> None:
     assert not np.array_equal(published, sinusoid(range(1000), 128)), "or the table would not be needed"
 
 
+@pytest.mark.parametrize("kind", SCHEDULE_TYPES)
 @pytest.mark.parametrize("variance_type", ["fixed_large", "fixed_small"])
 @pytest.mark.parametrize(("start", "end", "timesteps"), RANGES)
-def test_a_schedule_survives_json(start: float, end: float, timesteps: int, variance_type: VarianceType) -> None:
-    schedule = NoiseSchedule(start, end, timesteps, variance_type)
+def test_a_schedule_survives_json(
+    start: float, end: float, timesteps: int, variance_type: VarianceType, kind: ScheduleType
+) -> None:
+    schedule = NoiseSchedule(start, end, timesteps, variance_type, kind)
     assert NoiseSchedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
 
 
@@ -110,8 +156,9 @@ def test_a_schedule_survives_json(start: float, end: float, timesteps: int, vari
         ({"timesteps": 1}, "timesteps must be from 2"),
         ({"timesteps": 1 << 17}, "timesteps must be from 2"),
         ({"variance_type": "learned"}, "variance_type must be one of .* found 'learned'"),
-        ({"type": "cosine"}, "must be a linear one"),
-        ({"shift": 3.0}, "must be a linear one"),
+        ({"type": "cosine"}, "its type one of .*'scaled_linear', 'squaredcos_cap_v2'"),
+        ({"type": ["linear"]}, "its type one of"),
+        ({"shift": 3.0}, "a noise schedule must have"),
         ({"beta_start": "low"}, "must be numbers"),
         ({"beta_start": None}, "must be numbers"),
         ({"timesteps": [1000]}, "must be numbers"),
@@ -130,5 +177,5 @@ def test_a_schedule_with_a_missing_value_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("data", [None, [], "linear", 3])
 def test_a_schedule_that_is_no_object_is_refused(data: object) -> None:
-    with pytest.raises(SamplerError, match="must be a linear one"):
+    with pytest.raises(SamplerError, match="a noise schedule must have"):
         NoiseSchedule.from_json(data)

@@ -22,6 +22,10 @@ CIFAR10 = UNetSpec(
     dropout=0.1,
 )
 VALID: dict[str, Any] = CIFAR10.to_json()
+OTHERS: dict[str, Any] = {
+    "norm_eps": 1e-6, "head_channels": 8, "asymmetric_downsample": True, "time_freq_shift": 1,
+}  # fmt: skip
+"""What DDSM's networks never have."""
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,8 @@ VALID: dict[str, Any] = CIFAR10.to_json()
     [
         CIFAR10,
         dataclasses.replace(CIFAR10, groups=16, dropout=0.0, timesteps=10),
+        dataclasses.replace(CIFAR10, **OTHERS),
+        *(dataclasses.replace(CIFAR10, **{name: value}) for name, value in OTHERS.items()),
         dataclasses.replace(CIFAR10, channels=1, attention_levels=(), conv_multiple=4, linear_multiple=4),
     ],
 )
@@ -61,6 +67,18 @@ def test_a_spec_can_be_compared_and_is_a_key() -> None:
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"dropout": float("nan")}, "dropout must lie in"),
         ({"dropout": "none"}, "wrong kind"),
+        ({"norm_eps": 0.0}, r"norm_eps must lie in \(0, 1\), found 0.0"),
+        ({"norm_eps": 1}, "norm_eps must lie in"),
+        ({"norm_eps": "1e-5"}, "norm_eps must lie in"),
+        ({"norm_eps": float("nan")}, "norm_eps must lie in"),
+        ({"head_channels": 0}, "head_channels must be a whole number from 1 to 65536, found 0"),
+        ({"head_channels": 8.0}, "head_channels must be a whole number"),
+        ({"head_channels": True}, "head_channels must be a whole number"),
+        ({"asymmetric_downsample": 1}, "asymmetric_downsample must be true or false, found 1"),
+        ({"time_freq_shift": 64}, "time_freq_shift must be from 0 to 63, found 64"),
+        ({"time_freq_shift": -1}, "time_freq_shift must be from 0 to 63"),
+        ({"time_freq_shift": 0.5}, "time_freq_shift must be from 0 to 63"),
+        ({"image_size": 256, "head_channels": 1, "groups": 1}, "attention scores a sample, expected at most"),
     ],
 )
 def test_a_spec_that_no_network_can_be_built_from_is_refused(change: dict[str, Any], message: str) -> None:
@@ -73,6 +91,23 @@ def test_a_missing_field_is_named(name: str) -> None:
     # Even one with a default: a file that leaves out the rounding or the groups leaves out what the weights mean.
     with pytest.raises(SpecError, match=f"lacks \\['{name}'\\]"):
         UNetSpec.from_json({key: value for key, value in VALID.items() if key != name})
+
+
+def test_the_file_of_a_supernet_is_what_it_was_before_other_networks_came() -> None:
+    assert not OTHERS.keys() & VALID.keys()
+    assert json.dumps(VALID) == (
+        '{"image_size": 32, "channels": 3, "base_channels": 128, "channel_mults": [1, 2, 2, 2], '
+        '"attention_levels": [1], "num_res_blocks": 2, "groups": 32, "conv_multiple": 8, "linear_multiple": 16, '
+        '"timesteps": 1000, "time_features": 128, "time_dim": 512, "dropout": 0.1}'
+    )
+    assert dataclasses.replace(CIFAR10, **OTHERS).to_json() == VALID | OTHERS
+
+
+def test_a_width_whose_heads_do_not_come_out_even_is_refused() -> None:
+    spec = dataclasses.replace(CIFAR10, groups=16, head_channels=64)
+    assert spec.why_not(96) is None
+    assert spec.why_not(112) == "224 channels cannot be attended to by heads of 64"
+    assert dataclasses.replace(spec, head_channels=None).why_not(112) is None
 
 
 def test_an_unknown_field_is_named() -> None:

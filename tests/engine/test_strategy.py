@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -139,7 +140,21 @@ def test_uniform_spells_one_width(text: str) -> None:
     assert parse_uniform(text, 10) == Strategy.uniform(0.5, 10)
 
 
-@pytest.mark.parametrize("text", ["uniform:", "uniform:0", "uniform:9/8", "uniform:1/0", "uniform:half"])
+def test_uniform_spells_one_variant_by_its_id(bundle: Bundle) -> None:
+    strategy = parse_uniform("uniform:w016", 10)
+    assert strategy == Strategy.uniform("w016", 10)
+    assert strategy.resolve(bundle.manifest.variants) == ("w016",) * 10
+
+
+def test_a_multiplier_finds_no_variant_that_is_no_part_of_a_supernet(bundle: Bundle) -> None:
+    known = bundle.manifest.variants
+    experts = [replace(v, width_mult=None) if v.id == "w032" else v for v in known]
+    assert Strategy.uniform("w032", 2).resolve(experts) == ("w032", "w032")
+    with pytest.raises(StrategyError, match=r"asks for 8/8; the bundle offers w008 \(2/8\), .*w028 \(7/8\), w032$"):
+        Strategy.uniform(1.0, 2).resolve(experts)
+
+
+@pytest.mark.parametrize("text", ["uniform:", "uniform:0", "uniform:9/8", "uniform:1/0", "uniform:2x", "uniform:-w"])
 def test_a_uniform_width_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(StrategyError):
         parse_uniform(text, 10)

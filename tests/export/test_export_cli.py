@@ -113,7 +113,8 @@ def test_options_and_flagfile_together_make_the_spec(exported: Path) -> None:
 
 def test_the_bundle_keeps_the_time_table_of_the_checkpoint(exported: Path) -> None:
     table = published_state_dict(SMALL, seed=2)[TABLE].numpy()
-    assert (Bundle.open(exported / "ckpt.bundle").time_table()[range(20)] == table).all()
+    bundle = Bundle.open(exported / "ckpt.bundle")
+    assert (bundle.time_table(bundle.full)[range(20)] == table).all()
 
 
 def test_inspect_reads_what_export_wrote(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +277,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "nan": (lambda path: torch.save(_state(**{"tail.2.bias": torch.full((3,), torch.nan)}), path), "is not finite"),
     "wrong-shape": (lambda path: torch.save(_state(**{"tail.2.bias": torch.zeros(4)}), path), "tail.2.bias"),
     "absent": (lambda path: path.unlink(), "found no such file"),
-    "folder": (lambda path: os.replace(path.with_name("empty"), path), "found no such file"),
+    "folder": (lambda path: os.replace(path.with_name("empty"), path), "expected a folder that diffusers saved"),
 }
 
 
@@ -346,4 +347,4 @@ def test_a_bundle_that_was_moved_is_whole(exported: Path, tmp_path: Path) -> Non
     moved = Path(shutil.copytree(exported / "ckpt.bundle", tmp_path / "elsewhere"))
     bundle = Bundle.open(moved)
     assert all(bundle.artefact(v).is_file() for v in bundle.variants.values())
-    assert bundle.weights().is_file()
+    assert bundle.weights(bundle.full).is_file()

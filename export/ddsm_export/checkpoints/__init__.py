@@ -1,14 +1,24 @@
-"""Where do a supernet's weights come from? One module per foreign format; this one tells them apart by content."""
+"""Where do a network's weights come from? One module per foreign format; this one tells files apart by content."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 from ddsm_engine.errors import CheckpointError
 from ddsm_export.checkpoints.ddsm import Weights, read_checkpoint
+from ddsm_export.checkpoints.diffusers import Expert, read_experts
 from ddsm_export.checkpoints.flagfile import VAR_TYPES, Facts, facts_from_flagfile
 from ddsm_export.supernet import Supernet, load_supernet
 
-__all__ = ["VAR_TYPES", "Facts", "Weights", "facts_from_flagfile", "open_supernet", "read_checkpoint"]
+__all__ = [
+    "VAR_TYPES",
+    "Expert",
+    "Facts",
+    "Weights",
+    "facts_from_flagfile",
+    "open_supernet",
+    "read_checkpoint",
+    "read_experts",
+]
 
 
 def open_supernet(path: Path, facts: Facts, weights: Weights = "ema") -> Supernet:

@@ -112,6 +112,17 @@ def read_checkpoint(path: Path, facts: Facts, weights: Weights = "ema") -> Super
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a bare state dict that ``torch.save`` wrote, as carefully as a checkpoint; the file stays mapped.
+
+    Raises:
+        CheckpointError: a file that is damaged or foreign, holds code, or claims more than it stores.
+    """
+    state = _state_dict(_load(path), "the state dict")
+    _check_stored(state, path)
+    return state
+
+
 def _step(step: object) -> dict[str, int]:
     return {"step": step} if type(step) is int and 0 <= step < 1 << 53 else {}
 
