@@ -43,7 +43,7 @@ def hold_open(arguments: argparse.Namespace, started: float) -> dict[str, float]
     """
     import numpy as np
 
-    from ddsm_engine.backends import engine_target, open_engine
+    from ddsm_engine.backends import engine_target, open_engines
     from ddsm_engine.backends.engine import EngineOptions
     from ddsm_engine.bundle import Bundle
     from ddsm_engine.engine_cache import EngineCache
@@ -58,12 +58,12 @@ def hold_open(arguments: argparse.Namespace, started: float) -> dict[str, float]
     if not set(names) <= bundle.variants.keys():
         raise BundleError(f"{bundle.path} lacks one of {arguments.variants}; it has {', '.join(bundle.variants)}")
     variants = [bundle.variants[name] for name in names]
-    engines = [open_engine(backend, bundle, variant, batch, options) for variant in variants]
+    engines = open_engines(backend, bundle, variants, batch, options)
     cold_start_s = time.perf_counter() - started
 
     sample = np.zeros((batch, *bundle.manifest.spec.sample_shape), np.float32)
     features = np.repeat(bundle.time_table(variants[0])[[0]], batch, axis=0)
-    for name, engine in zip(names, engines, strict=True):
+    for name, engine in engines.items():
         out = np.full_like(sample, np.nan)
         engine.bind({"sample": sample, "time_features": features}, {"out_sample": out})
         engine.run()

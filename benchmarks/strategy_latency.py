@@ -24,7 +24,7 @@ from benchmarks._strategy_latency_report import FULL, SEARCHED, details, draw, s
 from benchmarks._torch_walks import Walk, check_answers, draw_batch, make_walks
 from benchmarks.cifar10 import PUBLISHED, SCHEDULE, SEED, STRATEGY, cifar10_bundle, say, some_calls
 from benchmarks.dynamic_torch import draw_noise
-from ddsm_engine.backends import artefact_backends, open_engine
+from ddsm_engine.backends import artefact_backends, open_engines
 from ddsm_engine.bench import batch_sizes
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cost import gflops
@@ -233,15 +233,13 @@ def turns(settings: Settings) -> Iterator[tuple[list[int], list[int]]]:
 
 def open_isolated(isolated: Scheduler, pipe: Pipeline) -> None:
     """Open every variant once more, as the pipeline does, on random inputs."""
-    bundle = pipe.bundle
+    bundle, tables = pipe.bundle, pipe.bundle.time_tables()
     SeededNoise(SEED).fill(isolated.x, INITIAL, 0)
-    for variant in bundle.manifest.variants:
-        engine, table = (
-            open_engine(pipe.backend, bundle, variant, len(isolated.x), pipe.options),
-            bundle.time_table(variant),
-        )
-        isolated.add(variant.id, engine, table.features)
-        isolated.features[variant.id][...] = table[[table.timesteps // 2]]
+    opened = open_engines(pipe.backend, bundle, bundle.manifest.variants, len(isolated.x), pipe.options)
+    for name, engine in opened.items():
+        table = tables[name]
+        isolated.add(name, engine, table.features)
+        isolated.features[name][...] = table[[table.timesteps // 2]]
 
 
 # --- what the turns say -----------------------------------------------------------------------------------------------

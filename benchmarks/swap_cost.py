@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks._report import Benchmark, Record, machine_line, spread, table
 from benchmarks.cifar10 import cifar10_bundle, variants_of
-from ddsm_engine.backends import artefact_backends, open_engine
+from ddsm_engine.backends import artefact_backends, open_engines
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.measure.timing import summarise
@@ -59,9 +59,8 @@ def measure_pairs(bundle: Bundle, backend: str, batch: int, rounds: int) -> Reco
     chosen = variants_of(bundle, EIGHTHS)
     scheduler = Scheduler((batch, *spec.sample_shape))
     try:
-        for variant in chosen:
-            engine = open_engine(backend, bundle, variant, batch, options)
-            scheduler.add(variant.id, engine, spec.time_features)
+        for name, engine in open_engines(backend, bundle, chosen, batch, options).items():
+            scheduler.add(name, engine, spec.time_features)
         pairs = [
             pair
             for one, other in itertools.combinations(chosen, 2)

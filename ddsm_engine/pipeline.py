@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +10,11 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ddsm_engine.backends import choose_backend, open_engine
-from ddsm_engine.backends.engine import Engine, EngineOptions, Precision
+from ddsm_engine.backends import choose_backend, open_engines
+from ddsm_engine.backends.engine import EngineOptions, Precision
 from ddsm_engine.bundle import MANIFEST, Bundle
 from ddsm_engine.errors import BackendError, BundleError, SamplerError
 from ddsm_engine.measure.choice import fastest_backend
-from ddsm_engine.measure.environment import cores
 from ddsm_engine.noise import INITIAL, SeededNoise
 from ddsm_engine.plan import Plan, compile_plan
 from ddsm_engine.samplers import SamplerLike, make_sampler
@@ -265,15 +263,10 @@ class Pipeline:
         if scheduler is None:
             scheduler = self._schedulers[key] = Scheduler((batch_size, *spec.sample_shape))
         started = time.perf_counter()
-        missing = [variant for variant in dict.fromkeys(plan.variants) if variant not in scheduler.engines]
-
-        def open_one(variant: str) -> Engine:
-            return open_engine(self.backend, self.bundle, self.bundle.variants[variant], batch_size, self.options)
-
-        # Compiling keeps one core busy.
-        with ThreadPoolExecutor(cores()) as pool:
-            for variant, engine in zip(missing, pool.map(open_one, missing), strict=True):
-                scheduler.add(variant, engine, self.bundle.spec(self.bundle.variants[variant]).time_features)
+        known = self.bundle.variants
+        missing = [known[name] for name in dict.fromkeys(plan.variants) if name not in scheduler.engines]
+        for name, engine in open_engines(self.backend, self.bundle, missing, batch_size, self.options).items():
+            scheduler.add(name, engine, self.bundle.spec(known[name]).time_features)
         self.open_ms += (time.perf_counter() - started) * 1e3
         return scheduler
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddsm_engine.backends import open_engine
+from ddsm_engine.backends import open_engines
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.cost import gflops
@@ -57,7 +57,7 @@ def measure_latency(
     middle, tables = [spec.timesteps // 2], bundle.time_tables()
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((batch, *spec.sample_shape), dtype=np.float32)
-    engines = {v.id: open_engine(backend, bundle, v, batch, options) for v in variants}
+    engines = open_engines(backend, bundle, variants, batch, options)
     try:
         for identifier, engine in engines.items():
             output = np.full_like(sample, np.nan)

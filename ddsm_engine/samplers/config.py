@@ -184,7 +184,10 @@ def checked_config(found: Mapping[str, Any], schedule: NoiseSchedule, prediction
 def _completed(found: Mapping[str, Any]) -> Config:
     name = found.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
-        raise SamplerError(f"the scheduler class {brief(name)} is not supported; expected one of {', '.join(CLASSES)}")
+        raise SamplerError(
+            f"the scheduler class {brief(name)} is not supported; expected one of {', '.join(CLASSES)}, or a sampler "
+            f"by name: {', '.join(NAMES)}"
+        )
     config: Config = {"_class_name": name}
     for field, (default, allowed) in CLASSES[name].items():
         value = config[field] = found.get(field, default)

@@ -340,7 +340,7 @@ def test_engines_stay_open_until_they_are_closed(bundle_path: Path, monkeypatch:
         opened.append(variant.id)
         return open_engine(name, bundle, variant, *rest)
 
-    monkeypatch.setattr("ddsm_engine.pipeline.open_engine", count)
+    monkeypatch.setattr("ddsm_engine.backends.open_engine", count)
     own = DDSMPipeline.from_pretrained(bundle_path, backend="torch")
     own.set_progress_bar_config(disable=True)
     draw(own, num_inference_steps=2)
