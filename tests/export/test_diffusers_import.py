@@ -29,6 +29,7 @@ from ddsm_engine.time_table import sinusoid
 from ddsm_export.checkpoints import Expert, Facts, read_experts
 from ddsm_export.cli import main
 from tests.conftest import Refusal
+from tests.tolerances import DIFFUSERS_ENGINE
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -63,8 +64,6 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 TIMESTEPS = [0, 412, 999]
 FP32 = EngineOptions(precision="fp32", threads=1)
-TOLERANCE = 5e-6
-"""Relative L2 in fp32: another order of sums, and the last bits of another library's exponentials (observed 2e-6)."""
 
 
 def make(folder: Path, scheduler: Any = None, **config: Any) -> UNet2DModel:
@@ -152,7 +151,7 @@ def test_the_network_is_diffusers_network_at_whole_and_fractional_timesteps(
     x, expert = sample_of(networks[name]), read(folders / name)
     for timesteps in ([float(t) for t in TIMESTEPS], [0.5, 412.25, 998.75]):
         expected = answer(networks[name], x, timesteps)
-        assert relative_l2(ours(expert, x, timesteps), expected) <= TOLERANCE
+        assert relative_l2(ours(expert, x, timesteps), expected) <= DIFFUSERS_ENGINE
 
 
 @pytest.mark.parametrize(
@@ -523,7 +522,7 @@ def test_every_backend_computes_diffusers_network(
     engine.bind({"sample": x.numpy(), "time_features": pair.time_table(variant)[TIMESTEPS]}, {"out_sample": out})
     engine.run()
     engine.close()
-    assert relative_l2(out, answer(networks[name], x, [float(t) for t in TIMESTEPS])) <= TOLERANCE
+    assert relative_l2(out, answer(networks[name], x, [float(t) for t in TIMESTEPS])) <= DIFFUSERS_ENGINE
 
 
 def test_a_bundle_says_what_its_folders_said(pair: Bundle, folders: Path) -> None:

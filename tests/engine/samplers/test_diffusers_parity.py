@@ -16,15 +16,10 @@ from tests.engine.samplers.replay import (
     walk_scheduler,
     walk_table,
 )
+from tests.tolerances import SAMPLER_DOUBLE, SAMPLER_SINGLE
 
 SCHEDULE = NoiseSchedule(1e-4, 0.02, 1000)
 SHAPE = (2, 3, 4, 4)
-
-DOUBLE = 1e-8
-"""Of the largest value: rounding of float64, which a whole trajectory amplifies."""
-
-SINGLE = 1e-3
-"""The same of float32, in which diffusers also keeps its tables (observed: up to 3e-4)."""
 
 UNSTABLE = {"solver_order": 3, "solver_type": "heun", "algorithm_type": "sde-dpmsolver++"}
 """The single-step form of this amplifies rounding beyond any use, and no less in diffusers itself."""
@@ -100,7 +95,10 @@ def test_whole_trajectories_equal_diffusers_in_float64(
     assert table.timesteps.tolist() == pytest.approx(timesteps, abs=1e-9)
     ours = walk_table(table, start, noises, answer)
     for call, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
-        assert np.abs(mine - expected).max() <= DOUBLE * max(1.0, np.abs(expected).max()), (call, timesteps[call])
+        assert np.abs(mine - expected).max() <= SAMPLER_DOUBLE * max(1.0, np.abs(expected).max()), (
+            call,
+            timesteps[call],
+        )
 
 
 def is_stable(case: Case) -> bool:
@@ -119,7 +117,10 @@ def test_the_scheduler_s_own_loop_equals_diffusers_in_float32(kind: str, fields:
     timesteps, theirs = walk_diffusers(scheduler, steps, start, noises, answer, {})
     ours = walk_scheduler(make_sampler(config_of(scheduler), SCHEDULE, steps), start, noises, answer)
     for call, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
-        assert np.abs(mine - expected).max() <= SINGLE * max(1.0, np.abs(expected).max()), (call, timesteps[call])
+        assert np.abs(mine - expected).max() <= SAMPLER_SINGLE * max(1.0, np.abs(expected).max()), (
+            call,
+            timesteps[call],
+        )
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
@@ -133,7 +134,7 @@ def test_ddim_s_fresh_noise_equals_diffusers(steps: int, eta: float) -> None:
         _, theirs = walk_diffusers(scheduler, steps, start, noises, answer, {"eta": eta})
     ours = walk_table(make_sampler("ddim", SCHEDULE, steps, eta=eta), start, noises, answer)
     for mine, expected in zip(ours, theirs, strict=True):
-        assert np.abs(mine - expected).max() <= DOUBLE * max(1.0, np.abs(expected).max())
+        assert np.abs(mine - expected).max() <= SAMPLER_DOUBLE * max(1.0, np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -156,4 +157,4 @@ def test_a_wrong_option_leaves_the_trajectory(wrong: dict[str, Any], right: dict
         walk_table(make_sampler({"_class_name": kind} | fields, SCHEDULE, 20), start, noises, answer)[-1]
         for fields in (wrong, right)
     )
-    assert np.abs(one - other).max() > 1e3 * DOUBLE
+    assert np.abs(one - other).max() > 1e3 * SAMPLER_DOUBLE
