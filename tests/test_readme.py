@@ -98,18 +98,6 @@ def test_the_python_examples_run_as_they_stand(folder: Path) -> None:
     assert (folder / "first.png").is_file(), "drawn by the example of diffusers"
 
 
-def test_the_demo_writes_what_the_readme_says(tmp_path: Path) -> None:
-    out = run("ddsm demo", tmp_path)
-    written = {file.name for file in (tmp_path / "demo").iterdir()}
-    assert written == {"fashion-mnist.bundle", "full.png", "coarse.png", "latency.png", "trace.json"}
-    rows = re.findall(r"^ +(\d)/8 +([\d.]+) +([\d.]+) +([\d.]+)x +([\d.]+)x$", out, flags=re.MULTILINE)
-    assert [row[0] for row in rows] == list("2345678")
-    assert float(rows[-1][3]) == float(rows[-1][4]) == 1.0, "the full width against itself"
-    assert re.search(r"R = [\d.]+ \(full width at \d+ % of", out)
-    assert re.search(r"images per second: [\d.]+ full width, [\d.]+ strategy", out)
-    assert "ddsm-export ckpt.pt -o my.bundle" in out
-
-
 def test_links_of_the_readmes_lead_somewhere() -> None:
     for readme in [ROOT / "README.md", *ROOT.glob("*/README.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text(encoding="utf-8")):
