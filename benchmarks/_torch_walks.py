@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks._comparison import TOLERANCES
 from benchmarks.cifar10 import SEED, some_calls
 from benchmarks.dynamic_torch import DrawNoise, DynamicLoop, dynamic_unet_from_bundle
 from ddsm_engine.backends.torch import network_from_weights
@@ -25,10 +26,6 @@ Walk = Callable[[Plan, Tensor, DrawNoise], Tensor]
 
 STATIC: Final = "torch fp32, static, channels-last"
 SLICED: Final = "torch fp32, sliced at run time"
-
-TOLERANCES: Final = {"fp32": 2e-5, "bf16": 5e-2}
-"""Relative L2 of states against the sliced loop. fp32 differs by the order of sums; bf16 keeps 8 bits of every
-activation, some fifty times in a row."""
 
 
 def make_walks(bundle: Bundle, plan: Plan) -> dict[str, Walk]:

@@ -27,6 +27,7 @@ from typing import Final
 import numpy as np
 
 from benchmarks import _peers_report
+from benchmarks._comparison import PAUSE_S, TOLERANCES
 from benchmarks._contenders import (
     Compiled,
     Contender,
@@ -49,13 +50,6 @@ from ddsm_engine.measure.environment import cpu
 from ddsm_engine.measure.timing import Timing, time_in_turns
 from ddsm_engine.parity import distance
 from ddsm_engine.strategy import Strategy
-
-TOLERANCES: Final = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2}
-"""Relative L2 against the published network in fp32. fp32 differs by the order of sums; fp16 and bf16 keep 11 and 8
-bits of every activation, some fifty times in a row."""
-
-PAUSE_S: Final = 0.02
-"""Between contenders, not counted: worker threads that still spin for more work would take the next one's cores."""
 
 STEPS: Final = 3
 """Calls of one width in a row, of which a step's time is the mean."""

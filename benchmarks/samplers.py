@@ -22,13 +22,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks._comparison import PAUSE_S, TOLERANCES, refuse_unlike
 from benchmarks._kid import BLOCKS, learn_real_images
 from benchmarks._report import Benchmark, Record
 from benchmarks._samplers_report import FULL, STEP_AWARE, details, draw, summary
-from benchmarks._torch_walks import TOLERANCES, draw_batch
+from benchmarks._torch_walks import draw_batch
 from benchmarks.cifar10 import CIFAR10, SEED, STRATEGY, cifar10_bundle, say
-from benchmarks.scaling import refuse_unlike
-from benchmarks.strategy_latency import PAUSE_S, Tally, pace, speed_up
+from benchmarks.strategy_latency import Tally, pace, speed_up
 from ddsm_engine.backends import BACKENDS, REFERENCE, engine_target
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle, Parity

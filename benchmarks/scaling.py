@@ -25,9 +25,10 @@ from typing import Final
 
 import numpy as np
 
+from benchmarks._comparison import refuse_unlike
 from benchmarks._report import ROOT, Benchmark, Record
 from benchmarks._scaling_report import details, draw, summary
-from benchmarks.cifar10 import CIFAR10, SEED, STRATEGY, cifar10_bundle, eighths_of, say, variants_of
+from benchmarks.cifar10 import CIFAR10, STRATEGY, cifar10_bundle, eighths_of, say, variants_of
 from ddsm_engine.backends import INSTALL, REFERENCE, artefact_backends, engine_target, open_engine
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import MANIFEST, Bundle, Parity, Variant
@@ -35,7 +36,7 @@ from ddsm_engine.cost import gflops
 from ddsm_engine.engine_cache import ENGINES
 from ddsm_engine.errors import BackendError, OutputError
 from ddsm_engine.measure.timing import time_in_turns
-from ddsm_engine.parity import Engines, answer, compare, compare_variants, effective_precision
+from ddsm_engine.parity import Engines, answer, compare, compare_variants, effective_precision, make_probes
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.spec import EIGHTHS
 
@@ -172,12 +173,7 @@ def check_answer(case: Case, engine: Engine, engines: Engines) -> Parity:
         BackendError: they differ by more than the tolerance of what is computed in.
     """
     backend, options = engines
-    table = case.bundle.time_table(case.variant)
-    shape = (case.batch, *case.bundle.manifest.spec.sample_shape)
-    probe = {
-        "sample": np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32),
-        "time_features": table[np.linspace(0, table.timesteps - 1, case.batch).round()],
-    }
+    (probe,) = make_probes(case.bundle.spec(case.variant), case.bundle.time_table(case.variant), [case.batch])
     reference = partial(open_engine, REFERENCE, case.bundle, case.variant, options=EngineOptions(precision="fp32"))
     found = np.full_like(probe["sample"], np.nan)
     engine.bind(probe, {"out_sample": found})
@@ -186,19 +182,6 @@ def check_answer(case: Case, engine: Engine, engines: Engines) -> Parity:
     parity = compare([found], answer(reference, [probe]), precision=precision, backend=backend)
     refuse_unlike(case.variant.id, parity)
     return parity
-
-
-def refuse_unlike(variant: str, parity: Parity) -> None:
-    """Refuse an answer beyond its tolerance.
-
-    Raises:
-        BackendError: naming the variant and both figures.
-    """
-    if parity.relative_l2 > parity.tolerance:
-        raise BackendError(
-            f"{variant} on {parity.backend} differs from the {REFERENCE} reference by {parity.relative_l2:.1e} "
-            f"(relative L2, at most {parity.tolerance:.0e}); it was not timed"
-        )
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from benchmarks._comparison import PAUSE_S
 from benchmarks._report import Benchmark, Record
 from benchmarks._strategy_latency_report import FULL, SEARCHED, details, draw, summary
 from benchmarks._torch_walks import Walk, check_answers, draw_batch, make_walks
@@ -42,9 +43,6 @@ MIN_CALLS: Final = 4
 
 ISOLATED_REPEATS: Final = 3
 """Calls of each variant in a turn, one right after the other as in a run, after one that is not counted."""
-
-PAUSE_S: Final = 0.02
-"""Before each run's turn, not counted: worker threads that still spin for more work would take the next one's cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

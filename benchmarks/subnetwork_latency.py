@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks._report import Benchmark, Record, machine_line, percent, spread, table, times
 from benchmarks.cifar10 import cifar10_bundle, say
 from ddsm_engine.backends import REFERENCE, open_engine
-from ddsm_engine.backends.engine import Arrays, EngineOptions, Precision
+from ddsm_engine.backends.engine import EngineOptions, Precision
 from ddsm_engine.bench import batch_sizes, choose_targets
 from ddsm_engine.bundle import Bundle, Parity, Variant
 from ddsm_engine.cost import gflops
@@ -28,7 +28,7 @@ from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.latency import LatencyRow, measure_latency
 from ddsm_engine.measure.peak import matmul_peak_gflops
-from ddsm_engine.parity import SEED, answer, compare, effective_precision
+from ddsm_engine.parity import answer, compare, effective_precision, make_probes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,17 +148,9 @@ def check_answers(
 
 
 def _answer(bundle: Bundle, variant: Variant, backend: str, batch: int, options: EngineOptions) -> NDArray[np.float32]:
-    (found,) = answer(partial(open_engine, backend, bundle, variant, options=options), [_probe(bundle, batch)])
+    probes = make_probes(bundle.spec(variant), bundle.time_table(variant), [batch])
+    (found,) = answer(partial(open_engine, backend, bundle, variant, options=options), probes)
     return found
-
-
-def _probe(bundle: Bundle, batch: int) -> Arrays:
-    """Random images at timesteps from the clean end to the noisy one."""
-    spec, generator = bundle.manifest.spec, np.random.default_rng(SEED)
-    return {
-        "sample": generator.standard_normal((batch, *spec.sample_shape), dtype=np.float32),
-        "time_features": bundle.time_table(bundle.full)[np.linspace(0, spec.timesteps - 1, batch).round()],
-    }
 
 
 # --- what people read -------------------------------------------------------------------------------------------------

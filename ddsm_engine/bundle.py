@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from ddsm_engine.errors import BundleError, DdsmError
+from ddsm_engine.errors import BundleError, DdsmError, SamplerError
 from ddsm_engine.files import clear_leftovers, sha256_of
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.onnx_file import check_onnx
 from ddsm_engine.samplers import PREDICTION_TYPES, PredictionType
+from ddsm_engine.samplers.config import read_config
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import TimeTable
 from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of
@@ -35,7 +36,6 @@ TIME_TABLE = "time_table.safetensors"
 TIME_TABLE_KEY = "time_table"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 MAX_MANIFEST_BYTES = 4 << 20
-MAX_SCHEDULER_CONFIG_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 33
 """Of any file that a manifest lists: no more is hashed, mapped or read."""
 MAX_VARIANTS = 256
@@ -441,8 +441,8 @@ class Bundle:
         if file is None:
             return None
         try:
-            return _object(parse_json(read_bytes(file, MAX_SCHEDULER_CONFIG_BYTES), infinity=True))
-        except (TypeError, ValueError) as error:
+            return read_config(file)
+        except SamplerError as error:
             raise BundleError(f"{file} is no scheduler's configuration: {error}; export the bundle again") from error
 
     def strategies(self) -> Mapping[str, Path]:

@@ -187,11 +187,11 @@ class DDSMPipeline(DiffusionPipeline):
         chosen = self._strategy(strategy)
         steps = self._steps(chosen) if num_inference_steps is None else num_inference_steps
         sampler = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
-        calls = len(self.engines.plan(chosen, sampler, steps, eta=eta).variants)
+        plan = self.engines.plan(chosen, sampler, steps, eta=eta)
         shape = (batch_size, *self.engines.bundle.manifest.spec.sample_shape)
         noise = _noise_of(generator, shape)
 
-        with self.progress_bar(total=calls) as bar:
+        with self.progress_bar(total=len(plan.variants)) as bar:
 
             def on_call(call: int, t: float, x: NDArray[Any]) -> None:
                 if callback_on_step_end is not None:
@@ -202,11 +202,8 @@ class DDSMPipeline(DiffusionPipeline):
                     x[...] = _checked(returned.get("latents", latents), latents)
                 bar.update()
 
-            result = self.engines(
-                chosen,
-                sampler,
-                steps,
-                eta=eta,
+            result = self.engines.draw(
+                plan,
                 num_images=batch_size,
                 batch_size=batch_size,
                 x_T=noise(),

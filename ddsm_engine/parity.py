@@ -66,7 +66,7 @@ def effective_precision(artefact: str, computed: str) -> str:
 # --- one call ---------------------------------------------------------------------------------------------------------
 
 
-def make_probes(spec: UNetSpec, table: TimeTable) -> list[Arrays]:
+def make_probes(spec: UNetSpec, table: TimeTable, batches: Sequence[int] = BATCHES) -> list[Arrays]:
     """Random inputs of a network, one set per batch size: ``sample`` [B, C, H, W] and ``time_features`` [B, F].
 
     Timesteps are the clean end alone, then both ends and the middle of the schedule.
@@ -77,7 +77,7 @@ def make_probes(spec: UNetSpec, table: TimeTable) -> list[Arrays]:
             "sample": generator.standard_normal((batch, *spec.sample_shape), dtype=np.float32),
             "time_features": table[np.linspace(0, table.timesteps - 1, batch).round()],
         }
-        for batch in BATCHES
+        for batch in batches
     ]
 
 

@@ -182,7 +182,32 @@ class Pipeline:
         Raises:
             DdsmError: an argument that does not fit the bundle, or a value that is not finite.
         """
-        plan = self.plan(strategy, sampler, steps, eta=eta, clip_sample=clip_sample)
+        return self.draw(
+            self.plan(strategy, sampler, steps, eta=eta, clip_sample=clip_sample),
+            num_images=num_images,
+            batch_size=batch_size,
+            seed=seed,
+            x_T=x_T,
+            noise=noise,
+            callback=callback,
+        )
+
+    def draw(
+        self,
+        plan: Plan,
+        *,
+        num_images: int = 1,
+        batch_size: int | None = None,
+        seed: int = 0,
+        x_T: Images | None = None,
+        noise: Callable[[int], Images] | None = None,
+        callback: OnCall | None = None,
+    ) -> Result:
+        """Draw images by a plan; the arguments are those of ``__call__``.
+
+        Raises:
+            DdsmError: an argument that does not fit the bundle, or a value that is not finite.
+        """
         size = choose_batch_size(num_images, batch_size)
         source = None
         if x_T is not None or noise is not None:

@@ -14,7 +14,7 @@ from ddsm_engine.untrusted import brief, parse_json, read_bytes
 Config = dict[str, Any]
 """Every field of a diffusers scheduler class that its numerics depend on, and ``_class_name``."""
 
-MAX_BYTES: Final = 1 << 20
+MAX_CONFIG_BYTES: Final = 1 << 20
 
 MOST: Final = 1e6
 """Of a number in a config."""
@@ -162,7 +162,7 @@ def read_config(path: Path) -> Config:
         SamplerError: not one.
     """
     try:
-        data = parse_json(read_bytes(path, MAX_BYTES), infinity=True)
+        data = parse_json(read_bytes(path, MAX_CONFIG_BYTES), infinity=True)
     except (OSError, ValueError) as error:
         raise SamplerError(f"{path} could not be read as a diffusers scheduler config: {error}") from error
     if not isinstance(data, dict):

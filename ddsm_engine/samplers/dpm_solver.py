@@ -86,29 +86,27 @@ class _Step:
     of_slope: float
     of_slope_midpoint: float
     of_curve: float
-    of_noise: float = 0.0
+    of_noise: float
 
 
 def _step(algorithm: str, here: Level, after: Level) -> _Step:
-    h = after.log_snr - here.log_snr
+    h, noise = after.log_snr - here.log_snr, 0.0
     match algorithm:
         case "dpmsolver++":
             grown, scale, of_x = math.expm1(-h), -after.alpha, after.sigma / here.sigma
             slope, curve = -(grown / h + 1), (grown + h) / h**2 - 0.5
-            return _Step(h, of_x, scale * grown, scale * slope, scale * grown / 2, scale * curve)
         case "sde-dpmsolver++":
             grown, scale, of_x = math.expm1(-2 * h), -after.alpha, after.sigma / here.sigma * math.exp(-h)
             slope, curve = -(grown / (2 * h) + 1), (grown + 2 * h) / (2 * h) ** 2 + 0.5
             noise = after.sigma * math.sqrt(-grown)
-            return _Step(h, of_x, scale * grown, scale * slope, scale * grown / 2, scale * curve, noise)
         case "dpmsolver":
             grown, scale, of_x = math.expm1(h), -after.sigma, after.alpha / here.alpha
             slope, curve = grown / h - 1, (grown - h) / h**2 - 0.5
-            return _Step(h, of_x, scale * grown, scale * slope, scale * grown / 2, scale * curve)
-        case _:  # sde-dpmsolver
+        case _:  # sde-dpmsolver, which has no third order
             grown, scale, of_x = math.expm1(h), -2 * after.sigma, after.alpha / here.alpha
+            slope, curve = grown / h - 1, math.nan
             noise = after.sigma * math.sqrt(math.expm1(2 * h))
-            return _Step(h, of_x, scale * grown, scale * (grown / h - 1), scale * grown / 2, math.nan, noise)
+    return _Step(h, of_x, scale * grown, scale * slope, scale * grown / 2, scale * curve, noise)
 
 
 def _multistep(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import _contenders, peers
+from benchmarks._comparison import TOLERANCES
 from benchmarks._contenders import (
     Compiled,
     Contender,
@@ -72,7 +73,7 @@ def test_every_contender_draws_what_the_published_loop_draws(
         noise = GivenNoise(3, (2, 3, 8, 8))
         found, expected = contender.prepare(walk)(noise), session.reference.prepare(walk)(noise)
         difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-        assert difference <= peers.TOLERANCES[contender.precision]
+        assert difference <= TOLERANCES[contender.precision]
         assert contender.precision in ("bf16", "fp32")
         own = contender.prepare(walk)(None)
         assert own.shape == (2, 3, 8, 8)

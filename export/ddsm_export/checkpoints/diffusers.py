@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ddsm_engine.bundle import MAX_SCHEDULER_CONFIG_BYTES
 from ddsm_engine.errors import CheckpointError, DdsmError
 from ddsm_engine.files import sha256_of
 from ddsm_engine.networks.slicing import empty_unet
 from ddsm_engine.noise_schedule import SCHEDULE_TYPES, VARIANCE_TYPES, NoiseSchedule
 from ddsm_engine.samplers import PREDICTION_TYPES, PredictionType
+from ddsm_engine.samplers.config import MAX_CONFIG_BYTES
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of
 from ddsm_export.checkpoints.ddsm import read_state_dict
@@ -186,7 +186,7 @@ def _find(folder: Path) -> tuple[Path, Path]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = parse_json(read_bytes(file, MAX_SCHEDULER_CONFIG_BYTES), infinity=True)
+        found = parse_json(read_bytes(file, MAX_CONFIG_BYTES), infinity=True)
     except ValueError as error:
         raise CheckpointError(f"{file} is not readable as JSON: {error}") from error
     if not isinstance(found, dict):
