@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.cifar10 import SEED
-from ddsm_export.training.data import DataError, load_images
+from ddsm_engine.dataset import load_images
+from ddsm_engine.errors import DataError
 
 Images = NDArray[np.float32]
 Features = NDArray[np.float64]

@@ -7,6 +7,8 @@
     ├── StrategyError     a strategy that does not fit the variants or the timesteps
     ├── SamplerError      a sampler that the noise schedule or the options do not allow
     ├── BackendError      a backend or a device that is missing, or an engine that failed
+    ├── DataError         images that cannot be read or do not fit
+    ├── MetricError       a feature network or statistics that do not fit, or a distance that is no number
     └── OutputError       an output that exists, or cannot be written
 
 A message says what was expected, what was found, and what to do. Commands print it as one line and exit with 1.
@@ -39,6 +41,14 @@ class SamplerError(DdsmError):
 
 class BackendError(DdsmError):
     """A backend or device that is missing, or an engine that failed."""
+
+
+class DataError(DdsmError):
+    """Images that cannot be read or do not fit."""
+
+
+class MetricError(DdsmError):
+    """A feature network or statistics that do not fit, or a distance that is not a number."""
 
 
 class OutputError(DdsmError):

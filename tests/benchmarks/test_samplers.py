@@ -32,11 +32,10 @@ from benchmarks.samplers import (
     speed_of,
 )
 from ddsm_engine.bundle import Bundle
-from ddsm_engine.errors import BackendError, BundleError, OutputError
+from ddsm_engine.errors import BackendError, BundleError, DataError, OutputError
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.pipeline import Batch, Pipeline
 from ddsm_engine.samplers import NAMES
-from ddsm_export.training.data import DataError
 from tests.conftest import Refusal
 
 ORT = "onnxruntime"

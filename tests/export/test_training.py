@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddsm_engine.errors import CheckpointError
+from ddsm_engine.dataset import load_images
+from ddsm_engine.errors import CheckpointError, DataError
 from ddsm_engine.files import only_one_process
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_export.supernet import load_supernet
 from ddsm_export.training import trainer as trainer_module
 from ddsm_export.training.cli import forget_log_after, main, parser, spec_from_options
-from ddsm_export.training.data import DataError, load_images
 from ddsm_export.training.trainer import (
     TrainConfig,
     Trainer,
@@ -597,7 +597,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_bytes(b"\0\0\x08\x03" + b"\xff" * 4 + b"\0\0\0\x08" * 2),
         "announces 4294967295 images|could not be read",
     ),
-    "plain.gz": (lambda path: path.write_bytes(idx(pictures(3, 8, 1))), "could not be read as training images"),
+    "plain.gz": (lambda path: path.write_bytes(idx(pictures(3, 8, 1))), "could not be read as images"),
     "truncated.gz": (
         lambda path: path.write_bytes(gzip.compress(idx(pictures(3, 8, 1)))[:-20]), "could not be read as training"
     ),
@@ -609,7 +609,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "floats.npz": (lambda path: np.savez(path, np.zeros((2, 8, 8))), "must hold uint8 images, found float64"),
     "flat.npz": (lambda path: np.savez(path, np.zeros((2, 64), np.uint8)), "found shape .2, 64."),
     "two-arrays.npz": (lambda path: np.savez(path, a=np.zeros(1), b=np.zeros(1)), "array named 'images'.*'a', 'b'"),
-    "truncated.npz": (lambda path: path.write_bytes(_npz_bytes()[:-30]), "could not be read as training images"),
+    "truncated.npz": (lambda path: path.write_bytes(_npz_bytes()[:-30]), "could not be read as images"),
     "no-zip.npz": (lambda path: path.write_bytes(b"PK\x03\x04 is all there is"), "could not be read"),
     "text.npz": (lambda path: path.write_text("step,loss"), "could not be read"),
     "no-array.npz": (lambda path: path.write_bytes(_text_zip_bytes()), "must hold an array, found bytes"),
@@ -693,10 +693,10 @@ def test_pickled_arrays_are_refused_and_their_code_is_not_run(tmp_path: Path, su
     array = np.empty(1, dtype=object)
     array[0] = _Attack(marker)
     np.savez(path, images=array) if suffix == "npz" else np.save(path, array)
-    with pytest.raises(DataError, match="could not be read as training images"):
+    with pytest.raises(DataError, match="could not be read as images"):
         load_images(path, channels=1, image_size=8)
     path.write_bytes(pickle.dumps(_Attack(marker)))
-    with pytest.raises(DataError, match="could not be read as training images"):
+    with pytest.raises(DataError, match="could not be read as images"):
         load_images(path, channels=1, image_size=8)
     assert not marker.exists()
     # The attack is real: reading with pickles allowed runs it.

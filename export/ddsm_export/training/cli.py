@@ -94,8 +94,8 @@ def train(arguments: argparse.Namespace) -> None:
     # Imported here so that --help and a wrong option answer at once, without torch.
     import torch
 
+    from ddsm_engine.dataset import load_images
     from ddsm_export.supernet import load_supernet
-    from ddsm_export.training.data import load_images
     from ddsm_export.training.trainer import (
         TrainConfig,
         Trainer,

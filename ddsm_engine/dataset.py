@@ -1,4 +1,4 @@
-"""Training images from what people have: a folder, an array, Fashion-MNIST's IDX files, CIFAR-10's binary batches."""
+"""Real images from what people have: a folder, an array, Fashion-MNIST's IDX files, CIFAR-10's binary batches."""
 
 import gzip
 import math
@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddsm_engine.errors import DdsmError
+from ddsm_engine.errors import DataError
 from ddsm_engine.untrusted import one_line
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -53,12 +53,8 @@ _UNREADABLE = (
 )
 
 
-class DataError(DdsmError):
-    """Training images that cannot be read or do not fit."""
-
-
 def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uint8]:
-    """Load every training image.
+    """Load every image.
 
     Args:
         path: A folder of images; a folder of ``data_batch_*.bin`` (CIFAR-10's binary version); an ``.npz`` or ``.npy``
@@ -82,7 +78,7 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
         with warnings.catch_warnings(action="ignore"):  # a library's remarks on a file, beside our one line
             images = _read(path, channels, image_size)
     except _UNREADABLE as error:
-        raise DataError(f"{path} could not be read as training images: {one_line(error)}") from error
+        raise DataError(f"{path} could not be read as images: {one_line(error)}") from error
     if images.dtype != np.uint8 or len(images) == 0:
         raise DataError(f"{path} must hold uint8 images, found {images.dtype} with {len(images)} of them")
     if images.shape[1] != channels:
@@ -106,7 +102,8 @@ def _pad_to(images: NDArray[np.uint8], size: int, path: Path) -> NDArray[np.uint
     _check_size(len(images) * images.shape[1] * size * size, path)
     top, left = (size - height) // 2, (size - width) // 2
     margins = ((0, 0), (0, 0), (top, size - height - top), (left, size - width - left))
-    return np.pad(images, margins, constant_values=0)
+    padded: NDArray[np.uint8] = np.pad(images, margins, constant_values=0)
+    return padded
 
 
 def _read_folder(folder: Path, channels: int, image_size: int) -> NDArray[np.uint8]:
@@ -128,7 +125,8 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
             pixels = np.asarray(centre.resize((image_size, image_size), Image.Resampling.LANCZOS))
     except _UNREADABLE as error:
         raise DataError(f"{file} is not a readable image: {one_line(error)}") from error
-    return _channels_first(pixels[None])[0]
+    first: NDArray[np.uint8] = _channels_first(pixels[None])[0]
+    return first
 
 
 def _read_array(path: Path) -> NDArray[np.uint8]:
