@@ -127,8 +127,8 @@ def choose_targets(backend: str | None, batches: Sequence[int], options: EngineO
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'variant':8} {'width':>10} {'GFLOPs':>9} {'ms a call':>10} {'(p20–p80)':>19} {'ms an image':>11} {'GFLOP/s':>9} "
-    f"{'MFU':>7} {'expected':>9} {'measured':>9}"
+    f"{'variant':8} {'width':>10} {'GFLOPs':>9} {'ms a call':>10} {'(p20–p80)':>19} {'a swap':>7} {'ms an image':>11} "
+    f"{'GFLOP/s':>9} {'MFU':>7} {'expected':>9} {'measured':>9}"
 )
 
 
@@ -144,13 +144,14 @@ def spell_table(bundle: Bundle, table: LatencyTable, rows: Sequence[LatencyRow])
         spread = f"({row.timing.p20_ms:.2f}–{row.timing.p80_ms:.2f})"
         lines.append(
             f"{row.variant.id:8} {bundle.label(row.variant):>10} {gflops(row.variant.macs):9.3f} "
-            f"{row.timing.median_ms:10.2f} {spread:>19} {row.ms_per_image:11.2f} {row.gflops_per_s:9.1f} "
-            f"{100 * row.gflops_per_s / table.peak_gflops:5.1f} % {row.expected_speedup:8.2f}x "
+            f"{row.timing.median_ms:10.2f} {spread:>19} {row.timing.swap_ms:+7.2f} {row.ms_per_image:11.2f} "
+            f"{row.gflops_per_s:9.1f} {100 * row.gflops_per_s / table.peak_gflops:5.1f} % {row.expected_speedup:8.2f}x "
             f"{row.measured_speedup:8.2f}x"
         )
     lines.append(
         f"MFU is the share of this machine's measured matrix-product peak, {table.peak_gflops:.1f} GFLOP/s in "
-        f"{target['precision']}; medians of {rows[0].timing.repeats} calls in turns"
+        f"{target['precision']}; medians of {rows[0].timing.repeats} calls in turns\n"
+        "a swap: milliseconds more after another variant's call"
     )
     return "\n".join(lines)
 

@@ -47,8 +47,8 @@ def measure_latency(
 ) -> list[LatencyRow]:
     """Time every variant in turns on random inputs; the full width must be among them.
 
-    A turn is two calls and the second one counts: most calls of a run follow one of the same variant. What the first
-    call after a swap costs beyond that is another question (``benchmarks.swap_cost``).
+    A turn is two calls and the second one counts: most calls of a run follow one of the same variant. The first one
+    follows another variant's and says what a swap costs (``Timing.swap_ms``).
 
     Raises:
         BackendError: a variant whose output is not finite.

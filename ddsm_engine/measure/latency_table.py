@@ -18,7 +18,7 @@ from ddsm_engine.measure.timing import Timing
 from ddsm_engine.untrusted import brief, parse_json, read_bytes
 
 FORMAT = "ddsm-latency"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATENCY = "latency"
 MAX_TABLE_BYTES = 1 << 20
 
@@ -131,18 +131,25 @@ def _parse(data: object, bundle: Bundle, target: Target) -> LatencyTable:
     if [variant for variant, _ in rows] != list(bundle.variants):
         found = ", ".join(brief(variant) for variant, _ in rows[:20])
         raise ValueError(f"expected one row of each of {', '.join(bundle.variants)} in this order, found {found[:400]}")
-    return LatencyTable(target, data["environment"], _positive("peak_gflops", data["peak_gflops"]), dict(rows))
+    return LatencyTable(
+        target, data["environment"], _number("peak_gflops", data["peak_gflops"], positive=True), dict(rows)
+    )
 
 
 def _timing(row: Mapping[str, Any]) -> Timing:
-    p20, median, p80 = (_positive(name, row[name]) for name in ("p20_ms", "median_ms", "p80_ms"))
+    p20, median, p80 = (_number(name, row[name], positive=True) for name in ("p20_ms", "median_ms", "p80_ms"))
     repeats = row["repeats"]
     if type(repeats) is not int or repeats < 1:
         raise TypeError(f"repeats must be a whole number of at least 1, found {brief(repeats)}")
-    return Timing(median, p20, p80, repeats)
+    return Timing(median, p20, p80, repeats, _number("swap_ms", row["swap_ms"]))
 
 
-def _positive(name: str, value: object) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_COUNT:
-        raise ValueError(f"{name} must be a positive number, found {brief(value)}")
+def _number(name: str, value: object, *, positive: bool = False) -> float:
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not abs(value) <= MAX_COUNT
+        or (positive and value <= 0)
+    ):
+        raise ValueError(f"{name} must be a {'positive ' if positive else ''}number, found {brief(value)}")
     return float(value)

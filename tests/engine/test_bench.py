@@ -29,15 +29,16 @@ GOLDEN = """\
 BUNDLE on A processor, 2 cores
 
 onnxruntime 9.8.7, fp32, batch 2, threads: 1
-variant       width    GFLOPs  ms a call           (p20–p80) ms an image   GFLOP/s     MFU  expected  measured
-w008        8 (2/8)     0.002       0.50         (0.45–0.60)        0.25       8.5  17.0 %    15.31x     8.00x
-w012       12 (3/8)     0.005       0.75         (0.68–0.90)        0.38      12.5  25.0 %     6.94x     5.33x
-w016       16 (4/8)     0.008       1.00         (0.90–1.20)        0.50      16.5  33.0 %     3.94x     4.00x
-w020       20 (5/8)     0.013       1.25         (1.12–1.50)        0.62      20.5  41.0 %     2.54x     3.20x
-w024       24 (6/8)     0.018       1.50         (1.35–1.80)        0.75      24.5  49.0 %     1.77x     2.67x
-w028       28 (7/8)     0.025       1.75         (1.57–2.10)        0.88      28.5  57.0 %     1.30x     2.29x
-w032       32 (8/8)     0.033       4.00         (3.60–4.80)        2.00      16.3  32.5 %     1.00x     1.00x
+variant       width    GFLOPs  ms a call           (p20–p80)  a swap ms an image   GFLOP/s     MFU  expected  measured
+w008        8 (2/8)     0.002       0.50         (0.45–0.60)   +0.06        0.25       8.5  17.0 %    15.31x     8.00x
+w012       12 (3/8)     0.005       0.75         (0.68–0.90)   +0.09        0.38      12.5  25.0 %     6.94x     5.33x
+w016       16 (4/8)     0.008       1.00         (0.90–1.20)   +0.12        0.50      16.5  33.0 %     3.94x     4.00x
+w020       20 (5/8)     0.013       1.25         (1.12–1.50)   +0.16        0.62      20.5  41.0 %     2.54x     3.20x
+w024       24 (6/8)     0.018       1.50         (1.35–1.80)   +0.19        0.75      24.5  49.0 %     1.77x     2.67x
+w028       28 (7/8)     0.025       1.75         (1.57–2.10)   +0.22        0.88      28.5  57.0 %     1.30x     2.29x
+w032       32 (8/8)     0.033       4.00         (3.60–4.80)   +0.50        2.00      16.3  32.5 %     1.00x     1.00x
 MFU is the share of this machine's measured matrix-product peak, 50.0 GFLOP/s in fp32; medians of 7 calls in turns
+a swap: milliseconds more after another variant's call
 """
 
 
@@ -62,7 +63,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
         ms = {v: v.width / 16 * (2 if v == bundle.full else 1) for v in variants}
         return [
             LatencyRow(
-                v, batch, Timing(ms[v], 0.9 * ms[v], 1.2 * ms[v], repeats), bundle.full.macs / v.macs,
+                v, batch, Timing(ms[v], 0.9 * ms[v], 1.2 * ms[v], repeats, ms[v] / 8), bundle.full.macs / v.macs,
                 ms[bundle.full] / ms[v],
             )
             for v in variants
@@ -155,7 +156,7 @@ def test_what_was_saved_is_found_again_for_the_same_options(path: Path, measured
     assert table.environment == {"cpu": "A processor", "cores": 2}
     assert table.peak_gflops == 50
     assert list(table.timings) == list(bundle.variants)
-    assert table.timings["w016"] == Timing(1.0, 0.9, 1.2, 5), "the second measurement replaced the first"
+    assert table.timings["w016"] == Timing(1.0, 0.9, 1.2, 5, 0.125), "the second measurement replaced the first"
     kept = sorted(str(file) for file in (path / "latency").iterdir())
     assert len(kept) == 2, "no leftovers"
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept in")] == 2 * [
