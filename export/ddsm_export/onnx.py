@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -80,8 +81,36 @@ def onnx_from_subnetwork(
     """
     spec = unet.spec
     form = ExportForm(unet, precision).eval()
+    write_onnx(
+        form,
+        (torch.zeros(2, *spec.sample_shape), torch.zeros(2, spec.time_features)),
+        path,
+        inputs=[tensor.name for tensor in denoiser_inputs(spec)],
+        outputs=[tensor.name for tensor in denoiser_outputs(spec)],
+        opset=opset,
+    )
+
+
+def write_onnx(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int = DEFAULT_OPSET,
+) -> None:
+    """Write one ONNX file, weights inside, with a dynamic first dimension of every input.
+
+    Args:
+        module: What is exported, in the mode that it is in.
+        example: Its inputs at a batch of two: the exporter takes one for a constant.
+        path: The file.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        opset: 17 to 21.
+    """
     batch = torch.export.Dim("batch")
-    example = (torch.zeros(2, *spec.sample_shape), torch.zeros(2, spec.time_features))
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -90,14 +119,14 @@ def onnx_from_subnetwork(
             # The exporter warns of its own internals on every call; whether the file is right is measured afterwards.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                form,
+                module,
                 example,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
-                input_names=[tensor.name for tensor in denoiser_inputs(spec)],
-                output_names=[tensor.name for tensor in denoiser_outputs(spec)],
-                dynamic_shapes={"sample": {0: batch}, "time_features": {0: batch}},
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=[{0: batch} for _ in example],
             )
     finally:
         exporter_log.setLevel(level)

@@ -599,7 +599,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "plain.gz": (lambda path: path.write_bytes(idx(pictures(3, 8, 1))), "could not be read as images"),
     "truncated.gz": (
-        lambda path: path.write_bytes(gzip.compress(idx(pictures(3, 8, 1)))[:-20]), "could not be read as training"
+        lambda path: path.write_bytes(gzip.compress(idx(pictures(3, 8, 1)))[:-20]), "could not be read as images"
     ),
     "damaged.gz": (
         lambda path: path.write_bytes(gzip.compress(idx(pictures(9, 8, 1)))[:60] + b"\xff" * 300), "could not be read"
