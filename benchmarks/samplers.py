@@ -1,6 +1,6 @@
 """Does a strategy still save time under the faster samplers, and what does it cost in quality?
 
-    python -m benchmarks.samplers --bundle bundles --data fashion-mnist
+    python -m benchmarks.samplers --bundle bundles
     python -m benchmarks.samplers --update-readme benchmarks/results/FILE.json
 
 Every sampler at several numbers of network calls, with a strategy and at full width. Time is that of the CIFAR-10
@@ -14,16 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks._comparison import PAUSE_S, TOLERANCES, refuse_unlike
-from benchmarks._kid import BLOCKS, learn_real_images
 from benchmarks._report import Benchmark, Record
 from benchmarks._samplers_report import FULL, STEP_AWARE, details, draw, summary
 from benchmarks._torch_walks import draw_batch
@@ -38,13 +35,12 @@ from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.parity import distance
 from ddsm_engine.pipeline import Batch, Pipeline
 from ddsm_engine.plan import Plan
+from ddsm_engine.quality import Images, Metric, bootstrap, choose_metric
 from ddsm_engine.samplers import NAMES, make_sampler
 from ddsm_engine.strategy import Strategy
 from ddsm_export.bundling import ExportOptions, export_bundle
 from ddsm_export.demo import CLIP, COARSE, SUPERNET
 from ddsm_export.supernet import load_supernet
-
-Images = NDArray[np.float32]
 
 PARTS: Final = ("latency", "quality")
 
@@ -55,6 +51,9 @@ CHECKED_CALLS: Final = 5
 
 LATENCY_BATCH: Final = 1
 QUALITY_BATCH: Final = 16
+
+LEAST_IMAGES: Final = 2
+"""That a distance between distributions can be estimated from."""
 
 CONVERGED: Final = ("unipc", 200)
 """Sampler and steps of the run whose images stand for the solution of the full width's ODE."""
@@ -70,9 +69,6 @@ def options(p: argparse.ArgumentParser) -> None:
     """What the command takes."""
     p.add_argument(
         "--bundle", type=Path, metavar="FOLDER", help="holds a bundle per network, kept (default: temporary)"
-    )
-    p.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="Fashion-MNIST's IDX files; without them there is no KID"
     )
     p.add_argument("--parts", default=",".join(PARTS), metavar="NAME,…", help="latency, quality or both (the default)")
     p.add_argument(
@@ -90,7 +86,6 @@ def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], No
         OutputError: the result was begun with other options, or the folder is itself a bundle.
         BackendError: an option out of range, or an engine that does not compute what the reference does.
         BundleError: a folder that holds the bundle of another network.
-        DataError: files of images that cannot be read, or that a classifier cannot learn.
     """
     parts, calls = check_options(arguments)
     with ExitStack() as stack:
@@ -100,7 +95,7 @@ def measure(arguments: argparse.Namespace, record: Record, save: Callable[[], No
             measure_latency(bundle, arguments.backend, calls, arguments.repeats, record, save)
         if "quality" in parts:
             bundle = fashion_mnist_bundle(folder / "fashion-mnist.bundle")
-            measure_quality(bundle, arguments.backend, calls, arguments.images, arguments.data, record, save)
+            measure_quality(bundle, arguments.backend, calls, arguments.images, record, save)
 
 
 def check_options(arguments: argparse.Namespace) -> tuple[list[str], list[int]]:
@@ -121,12 +116,8 @@ def check_options(arguments: argparse.Namespace) -> tuple[list[str], list[int]]:
         )
     if arguments.repeats < 1:
         raise BackendError(f"expected --repeats of at least 1, found {arguments.repeats}")
-    least = 2 * BLOCKS if arguments.data else 1
-    if arguments.images < least:
-        raise BackendError(
-            f"expected --images of at least {least}{f' for {BLOCKS} blocks' if arguments.data else ''}, found "
-            f"{arguments.images}"
-        )
+    if arguments.images < LEAST_IMAGES:
+        raise BackendError(f"expected --images of at least {LEAST_IMAGES}, found {arguments.images}")
     if arguments.bundle and (arguments.bundle / MANIFEST).is_file():
         raise OutputError(f"{arguments.bundle} is itself a bundle; name a folder that holds one for every network")
     return parts, calls
@@ -298,23 +289,24 @@ def measure_quality(
     backend: str,
     calls: Sequence[int],
     images: int,
-    data: Path | None,
     record: Record,
     save: Callable[[], None],
 ) -> None:
     """Draw images by every sampler at every number of calls, with and without a strategy, where the result lacks them.
 
-    All runs begin with the same noise. Drawn again when a measurement is resumed: the converged images, and what the
-    classifier learns.
+    All runs begin with the same noise. The converged images are drawn again when a measurement is resumed.
 
     Raises:
-        OutputError: the result was begun with other options, or the classifier learnt something else than before.
-        DataError: files of images that cannot be read, or that a classifier cannot learn.
+        OutputError: the result was begun with other options, or with another classifier.
     """
-    spec = bundle.manifest.spec
+    spec, metric = bundle.manifest.spec, kernel_distance(bundle)
     chosen = settled_backend(bundle, backend, QUALITY_BATCH)
-    images = min(images, CONVERGED_IMAGES) if data is None else images
-    settings = {"backend": chosen, "images": images, "data": data is not None, "weights": weights_of(bundle)}
+    settings = {
+        "backend": chosen,
+        "images": images,
+        "metric": {"name": metric.name, **metric.identity},
+        "weights": weights_of(bundle),
+    }
     rows = rows_of(record, "quality", settings)
     done = {(row["sampler"], row["wanted"], row["strategy"]) for row in rows}
     strategies: dict[str, Strategy | str] = {FULL: FULL_WIDTH, STEP_AWARE: Strategy.coarse(COARSE, spec.timesteps)}
@@ -324,18 +316,8 @@ def measure_quality(
     ]  # fmt: skip
     if not missing:
         return
-    part, real = record["quality"], None
-    if data is not None:
-        say(f"quality, learning the real images in {data}")
-        real = learn_real_images(data, spec.image_size)
-        classifier = part.setdefault("classifier", {"accuracy": real.accuracy, "floor": asdict(real.floor())})
-        if classifier["accuracy"] != real.accuracy:
-            raise OutputError(
-                f"the quality part was begun with a classifier that names {classifier['accuracy']:.2%} of the test "
-                f"images rightly, this one {real.accuracy:.2%}: --data is another; choose another --output"
-            )
     with Pipeline(bundle, chosen, EngineOptions(precision="fp32")) as pipe:
-        converged = draw_converged(pipe, min(images, CONVERGED_IMAGES), part)
+        converged = draw_converged(pipe, min(images, CONVERGED_IMAGES), record["quality"])
         for sampler, wanted, name in missing:
             say(f"quality, {sampler}, {wanted} calls, {name}")
             steps, plan = clipped_plan(pipe, strategies[name], sampler, wanted)
@@ -347,9 +329,24 @@ def measure_quality(
                 "steps": steps,
                 "calls": len(plan.variants),
                 "rms": rms(found[: len(converged)], converged) if is_deterministic(plan) else None,
-                "kid": asdict(real.kid_of(np.clip(found, -1, 1))) if real is not None else None,
+                "kid": kid(metric, np.clip(found, -1, 1)),
             })  # fmt: skip
             save()
+
+
+def kernel_distance(bundle: Bundle) -> Metric:
+    """To the images that the supernet was trained on, by the classifier that comes with the package.
+
+    Raises:
+        MetricError: the bundle is of a supernet of other images.
+    """
+    return choose_metric(bundle, kind="kernel", data=None, features=None, inception=None, instead=None)
+
+
+def kid(metric: Metric, images: Images) -> Record:
+    """The kernel distance of images and its standard error, from resamples of them."""
+    rows = metric.describe(images)
+    return {"mean": metric.distance(rows), "standard_error": float(bootstrap(metric, rows).std(ddof=1))}
 
 
 def weights_of(bundle: Bundle) -> str:

@@ -2,9 +2,7 @@
 
 import argparse
 import copy
-import gzip
 import json
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from benchmarks import _report, samplers
-from benchmarks._kid import Features, Kid, RealImages, kid, learn_real_images, mmd2
 from benchmarks._samplers_report import FULL, STEP_AWARE, details, draw, summary
 from benchmarks.samplers import (
     BENCHMARK,
@@ -32,145 +27,16 @@ from benchmarks.samplers import (
     speed_of,
 )
 from ddsm_engine.bundle import Bundle
-from ddsm_engine.errors import BackendError, BundleError, DataError, OutputError
+from ddsm_engine.errors import BackendError, BundleError, MetricError, OutputError
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.pipeline import Batch, Pipeline
+from ddsm_engine.quality import Metric, choose_metric
+from ddsm_engine.quality.shipped import DATA_SHA256
 from ddsm_engine.samplers import NAMES
 from tests.conftest import Refusal
 
 ORT = "onnxruntime"
 SCHEDULE = NoiseSchedule(1e-4, 0.02, 1000)
-
-# --- KID --------------------------------------------------------------------------------------------------------------
-
-
-def normals(seed: int, rows: int, shift: float = 0.0) -> Features:
-    return np.random.default_rng(seed).standard_normal((rows, 5)) + shift
-
-
-def spelt_out(x: Features, y: Features) -> float:
-    """The estimate as a sum over pairs, one by one."""
-
-    def kernel(a: Features, b: Features) -> float:
-        return float((sum(p * q for p, q in zip(a, b, strict=True)) / len(a) + 1) ** 3)
-
-    def within(rows: Features) -> float:
-        different = [kernel(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
-        return sum(different) / len(different)
-
-    across = [kernel(a, b) for a in x for b in y]
-    return within(x) + within(y) - 2 * sum(across) / len(across)
-
-
-@pytest.mark.parametrize(("rows", "others"), [(2, 2), (7, 7), (4, 11)])
-def test_the_discrepancy_is_the_sum_over_pairs(rows: int, others: int) -> None:
-    x, y = normals(1, rows), normals(2, others, 0.5)
-    assert mmd2(x, y) == pytest.approx(spelt_out(x, y), rel=1e-12)
-
-
-def test_kid_is_the_mean_over_blocks_with_the_error_of_their_spread() -> None:
-    x, y = normals(1, 48), normals(2, 64, 0.5)
-    each = [spelt_out(x[6 * k : 6 * k + 6], y[8 * k : 8 * k + 8]) for k in range(8)]
-    spread = (sum((one - sum(each) / 8) ** 2 for one in each) / 7) ** 0.5
-    found = kid(x, y)
-    assert found.mean == pytest.approx(sum(each) / 8)
-    assert found.standard_error == pytest.approx(spread / 8**0.5)
-
-
-def test_kid_is_zero_for_one_distribution_and_grows_with_a_shift() -> None:
-    alike, near, far = (kid(normals(1, 800), normals(2, 4000, shift)) for shift in (0.0, 0.3, 0.9))
-    assert abs(alike.mean) < 3 * alike.standard_error < near.mean < far.mean
-
-
-def test_kid_has_no_bias() -> None:
-    """However few the rows: the biased estimate would be near 1 here."""
-    each = [kid(normals(seed, 16), normals(1000 + seed, 16)).mean for seed in range(300)]
-    assert abs(np.mean(each)) < 4 * np.std(each) / len(each) ** 0.5 < 0.5
-
-
-# --- the classifier ---------------------------------------------------------------------------------------------------
-
-
-def idx(magic: int, *sizes: int) -> bytes:
-    return struct.pack(f">{1 + len(sizes)}I", magic, *sizes)
-
-
-def write_garments(folder: Path, *, per_class: int = 120, shuffle_test: bool = False, suffix: str = ".gz") -> None:
-    """Stand-ins for Fashion-MNIST: a class is two bright rows, wherever its number says."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", per_class), ("t10k", per_class // 4)):
-        labels = random.permutation(np.repeat(np.arange(10, dtype=np.uint8), count))
-        pixels = random.integers(0, 60, (len(labels), 28, 28), dtype=np.uint8)
-        for image, label in zip(pixels, labels, strict=True):
-            image[2 * label + 3 : 2 * label + 5] += 180
-        if part == "t10k" and shuffle_test:
-            labels = random.permutation(labels)
-        pack = gzip.compress if suffix else bytes
-        images = idx(0x803, len(labels), 28, 28) + pixels.tobytes()
-        (folder / f"{part}-images-idx3-ubyte{suffix}").write_bytes(pack(images))
-        (folder / f"{part}-labels-idx1-ubyte{suffix}").write_bytes(pack(idx(0x801, len(labels)) + labels.tobytes()))
-
-
-def test_the_classifier_learns_the_same_every_time(tmp_path: Path) -> None:
-    write_garments(tmp_path, suffix="")
-    state = torch.random.get_rng_state()
-    one, other = learn_real_images(tmp_path, 32), learn_real_images(tmp_path, 32)
-    assert torch.equal(torch.random.get_rng_state(), state), "the process' own random numbers are left alone"
-    assert one.accuracy == other.accuracy >= 0.85
-    assert (one.features == other.features).all()
-    assert one.features.shape == (300, 128)
-    assert abs(one.floor().mean) < 4 * one.floor().standard_error
-
-
-def test_images_are_compared_as_training_saw_them(tmp_path: Path) -> None:
-    write_garments(tmp_path)
-    real = learn_real_images(tmp_path, 32)
-    with gzip.open(tmp_path / "t10k-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read()[16:], np.uint8).reshape(-1, 1, 28, 28)
-    padded = np.full((len(pixels), 1, 32, 32), -1, np.float32)
-    padded[:, :, 2:30, 2:30] = pixels / np.float32(127.5) - 1
-    same, noise = real.kid_of(padded), real.kid_of(np.random.default_rng(0).uniform(-1, 1, padded.shape).astype("f4"))
-    # Without bias, equal sets are a little nearer to each other than two draws of one distribution are.
-    assert same.mean < 0.1 * noise.mean
-
-
-def spoil_labels(folder: Path) -> None:
-    write_garments(folder, shuffle_test=True)
-
-
-def lose_a_file(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte.gz").unlink()
-
-
-def cut_labels(folder: Path) -> None:
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(0x801, 3) + bytes(3)))
-
-
-def swap_labels_for_images(folder: Path) -> None:
-    images = (folder / "t10k-images-idx3-ubyte.gz").read_bytes()
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(images)
-
-
-def damage_labels(folder: Path) -> None:
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(50_000))[:-40])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (spoil_labels, r"names \d\.\d|names \d\d\.\d"),
-        (lose_a_file, "holds no train-labels-idx1-ubyte"),
-        (cut_labels, "holds 3 labels, expected one for each of 20 images"),
-        (swap_labels_for_images, "is not an IDX file of labels below 10"),
-        (damage_labels, "could not be read as labels"),
-    ],
-)
-def test_data_that_cannot_be_learnt_are_refused(spoil: Callable[[Path], None], words: str, tmp_path: Path) -> None:
-    write_garments(tmp_path, per_class=8)
-    spoil(tmp_path)
-    with pytest.raises(DataError, match=words):
-        learn_real_images(tmp_path, 32)
-
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
@@ -270,23 +136,44 @@ def test_a_wrong_network_is_refused_before_it_is_timed(bundle: Bundle, monkeypat
         measure_latency(replace(bundle, manifest=manifest), ORT, [4], 1, {}, lambda: None)
 
 
-def pixels_as_features(accuracy: float = 0.9) -> RealImages:
+def pixels_as_features(bundle: Bundle, folder: Path, images: int = 160) -> Metric:
     """Features are the pixels themselves, and the real images are bright noise."""
-    real = np.random.default_rng(0).uniform(0.5, 1, (160, 3 * 8 * 8))
-    return RealImages(nn.Sequential(nn.Flatten(), nn.Identity()), accuracy, real)
+    real = np.random.default_rng(0).integers(192, 256, (images, 8, 8, 3), np.uint8)
+    np.savez(folder / f"{images}.npz", images=real)
+    data = folder / f"{images}.npz"
+    return choose_metric(bundle, kind="kernel", data=data, features=None, inception=None, instead=None)
+
+
+def test_kid_is_that_of_the_classifier_that_comes_with_the_package(bundle: Bundle) -> None:
+    known = {"supernet": {"data": {"sha256": DATA_SHA256}}}
+    grey = replace(bundle.manifest.spec, channels=1, image_size=32)
+    garments = replace(bundle, manifest=replace(bundle.manifest, spec=grey, provenance=known))
+    assert samplers.kernel_distance(garments).name == "kernel distance on classifier features"
+    with pytest.raises(MetricError, match="no real images to compare with"):
+        samplers.kernel_distance(bundle)
+
+
+def test_kid_has_the_error_that_other_images_would_make(bundle: Bundle, tmp_path: Path) -> None:
+    metric = pixels_as_features(bundle, tmp_path)
+    random = np.random.default_rng(0)
+    images = [random.uniform(-1, 1, (40, 3, 8, 8)).astype(np.float32) for _ in range(60)]
+    found = [samplers.kid(metric, each) for each in images]
+    assert [each["mean"] for each in found] == [metric(each) for each in images]
+    spread = np.std([each["mean"] for each in found], ddof=1)
+    assert np.mean([each["standard_error"] for each in found]) == pytest.approx(spread, rel=0.3)
 
 
 @pytest.mark.usefixtures("_quick")
 def test_quality_is_kept_run_by_run_and_not_measured_again(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def measured(record: _report.Record, calls: list[int], save: Callable[[], None], data: Path | None) -> None:
-        measure_quality(bundle, ORT, calls, 16, data, record, save)
+    def measured(record: _report.Record, calls: list[int], save: Callable[[], None]) -> None:
+        measure_quality(bundle, ORT, calls, 16, record, save)
 
-    monkeypatch.setattr(samplers, "learn_real_images", lambda folder, size: pixels_as_features())
+    monkeypatch.setattr(samplers, "kernel_distance", lambda bundle: pixels_as_features(bundle, tmp_path))
     stages: list[_report.Record] = []
     record = _report.new_record("samplers", "test")
-    measured(record, [12], lambda: stages.append(copy.deepcopy(record)), tmp_path)
+    measured(record, [12], lambda: stages.append(copy.deepcopy(record)))
     assert len(stages) == 16
     rows = {(row["sampler"], row["strategy"]): row for row in record["quality"]["rows"]}
     assert list(rows) == [(name, strategy) for name in NAMES for strategy in (FULL, STEP_AWARE)]
@@ -296,26 +183,15 @@ def test_quality_is_kept_run_by_run_and_not_measured_again(
     assert rows["ddpm", FULL]["rms"] is None
     for row in rows.values():
         assert row["kid"]["mean"] > 3 * row["kid"]["standard_error"] > 0
-    resumed = json.loads(json.dumps(stages[3]))
-    measured(resumed, [12], lambda: None, tmp_path)
-    assert resumed["quality"] == record["quality"], "a resumed measurement ends with the same figures"
-    measured(resumed, [12], lambda: pytest.fail("measured again"), tmp_path)
-    monkeypatch.setattr(samplers, "learn_real_images", lambda folder, size: pixels_as_features(0.95))
-    with pytest.raises(OutputError, match=r"begun with a classifier that names 90.00% .* this one 95.00%"):
-        measured(resumed, [4], lambda: pytest.fail("measured"), tmp_path)
-    with pytest.raises(OutputError, match="begun with another data"):
-        measured(resumed, [4], lambda: pytest.fail("measured"), None)
-
-
-@pytest.mark.usefixtures("_quick")
-def test_without_real_images_there_is_no_kid(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samplers, "CONVERGED_IMAGES", 2)
-    record = _report.new_record("samplers", "test")
-    measure_quality(bundle, ORT, [2], 256, None, record, lambda: None)
-    assert record["quality"]["settings"]["images"] == 2, "no more than are compared with the solution"
-    assert {row["kid"] for row in record["quality"]["rows"]} == {None}
-    assert "KID was not measured" in details(record)
+    assert "KID is the kernel distance on pixels" in details(record)
     assert _report.png_of(record, draw).startswith(b"\x89PNG")
+    resumed = json.loads(json.dumps(stages[3]))
+    measured(resumed, [12], lambda: None)
+    assert resumed["quality"] == record["quality"], "a resumed measurement ends with the same figures"
+    measured(resumed, [12], lambda: pytest.fail("measured again"))
+    monkeypatch.setattr(samplers, "kernel_distance", lambda bundle: pixels_as_features(bundle, tmp_path, 80))
+    with pytest.raises(OutputError, match="the quality part was begun with another metric"):
+        measured(resumed, [4], lambda: pytest.fail("measured"))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -328,8 +204,7 @@ def test_without_real_images_there_is_no_kid(bundle: Bundle, monkeypatch: pytest
         (["--calls", "10,x"], "expected --calls from 2 to 1000"),
         (["--calls", "1001"], "expected --calls from 2 to 1000"),
         (["--repeats", "0"], "expected --repeats of at least 1, found 0"),
-        (["--images", "0"], "expected --images of at least 1, found 0"),
-        (["--images", "15", "--data", "folder"], "expected --images of at least 16 for 8 blocks, found 15"),
+        (["--images", "1"], "expected --images of at least 2, found 1"),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_anything_is_exported(
@@ -362,8 +237,8 @@ def test_each_part_has_its_own_network(bundle: Bundle, monkeypatch: pytest.Monke
     monkeypatch.setattr(samplers, "fashion_mnist_bundle", lambda path: asked.append(("export", path.name)))
     monkeypatch.setattr(samplers, "measure_latency", lambda *given: asked.append(("latency", given[2])))
     monkeypatch.setattr(samplers, "measure_quality", lambda *given: asked.append(("quality", given[2])))
-    chosen = {"bundle": tmp_path, "data": None, "parts": "quality,latency", "calls": "20,10,20", "backend": ORT}
-    measure(argparse.Namespace(**chosen, repeats=1, images=1), {}, lambda: None)
+    chosen = {"bundle": tmp_path, "parts": "quality,latency", "calls": "20,10,20", "backend": ORT}
+    measure(argparse.Namespace(**chosen, repeats=1, images=2), {}, lambda: None)
     assert asked == [
         ("export", "cifar10-32.bundle"), ("latency", [10, 20]),
         ("export", "fashion-mnist.bundle"), ("quality", [10, 20]),
@@ -385,9 +260,9 @@ def timed(sampler: str, wanted: int, calls: int, full_s: float, own_s: float) ->
     return {"sampler": sampler, "wanted": wanted, "calls": calls, "steps": wanted, "swaps": 3, "runs": runs}
 
 
-def drawn(sampler: str, wanted: int, strategy: str, far: float | None, kid: Kid | None) -> _report.Record:
-    found = None if kid is None else {"mean": kid.mean, "standard_error": kid.standard_error}
-    return {"sampler": sampler, "wanted": wanted, "strategy": strategy, "calls": wanted, "rms": far, "kid": found}
+def drawn(sampler: str, wanted: int, strategy: str, far: float | None, mean: float, error: float) -> _report.Record:
+    kid = {"mean": mean, "standard_error": error}
+    return {"sampler": sampler, "wanted": wanted, "strategy": strategy, "calls": wanted, "rms": far, "kid": kid}
 
 
 def made_up(own_s: float = 0.5) -> _report.Record:
@@ -405,13 +280,12 @@ def made_up(own_s: float = 0.5) -> _report.Record:
             ],
         },
         "quality": {
-            "settings": {"images": 256},
+            "settings": {"images": 256, "metric": {"name": "kernel distance on classifier features"}},
             "converged": {"by": "unipc, 200 steps", "check": "dpm++3m, 200 steps", "rms": 0.0123, "images": 64},
-            "classifier": {"accuracy": 0.876, "floor": {"mean": 0.01, "standard_error": 0.02}},
             "rows": [
-                drawn("ddpm", 20, FULL, None, Kid(5.0, 0.3)), drawn("ddpm", 20, STEP_AWARE, None, Kid(5.5, 0.3)),
-                drawn("heun", 20, FULL, 0.1, Kid(4.0, 0.1)), drawn("heun", 20, STEP_AWARE, 0.2, Kid(4.5, 0.2)),
-                drawn("heun", 50, FULL, 0.05, Kid(4.0, 0.1)),
+                drawn("ddpm", 20, FULL, None, 5.0, 0.3), drawn("ddpm", 20, STEP_AWARE, None, 5.5, 0.3),
+                drawn("heun", 20, FULL, 0.1, 4.0, 0.1), drawn("heun", 20, STEP_AWARE, 0.2, 4.5, 0.2),
+                drawn("heun", 50, FULL, 0.05, 4.0, 0.1),
             ],
         },
     }  # fmt: skip
@@ -435,7 +309,19 @@ def test_the_tables_show_what_was_measured(line: str) -> None:
 def test_the_tables_say_what_they_are_measured_by() -> None:
     text = details(made_up())
     assert "(unipc, 200 steps; dpm++3m, 200 steps ends 0.0123 from it), over 64 images" in text
+    assert (
+        "KID is the kernel distance on classifier features, without bias: of images as good as real ones it is 0"
+        in text
+    )
+
+
+def test_a_result_with_a_classifier_of_its_own_says_what_that_knew() -> None:
+    record = made_up()
+    record["quality"] |= {"classifier": {"accuracy": 0.876, "floor": {"mean": 0.01, "standard_error": 0.02}}}
+    text = details(record)
     assert "real test images and the other: 0.01 ± 0.02; the classifier whose features it takes names 87.6 % of" in text
+    assert "KID is the" not in text
+    assert _report.png_of(record, draw).startswith(b"\x89PNG")
 
 
 def test_the_summary_answers_whether_a_strategy_is_still_faster() -> None:
