@@ -14,6 +14,8 @@ EXTRAS = {
     "onnxscript": "export",
     "matplotlib": "export",
     "diffusers": "diffusers",
+    "scipy": "search",
+    "pymoo": "search",
     "openvino": "cpu",
     "onnxruntime": "cpu",
 }

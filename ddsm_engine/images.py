@@ -38,10 +38,14 @@ def grid(images: NDArray[np.float32], columns: int | None = None, gap: int = 2) 
 
 def save_png(image: NDArray[np.float32] | Image.Image, path: Path) -> None:
     """Write one image ([C, H, W] in [-1, 1], or a picture) as PNG, whole or not at all."""
-    picture = image if isinstance(image, Image.Image) else _picture(to_uint8(image[None])[0])
+    write_atomically(path, png_of(image if isinstance(image, Image.Image) else _picture(to_uint8(image[None])[0])))
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
-    write_atomically(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from ddsm_engine.errors import BackendError, BundleError, SamplerError
 from ddsm_engine.measure.choice import fastest_backend
 from ddsm_engine.noise import INITIAL, SeededNoise
 from ddsm_engine.plan import Plan, compile_plan
-from ddsm_engine.samplers import SamplerLike, make_sampler
+from ddsm_engine.samplers import Sampler, SamplerLike, make_sampler
 from ddsm_engine.scheduler import OnCall, Scheduler
 from ddsm_engine.strategy import Strategy, parse_uniform
 from ddsm_engine.trace import Trace, TraceSegment, segments_from_clock
@@ -126,17 +127,29 @@ class Pipeline:
         clip_sample: float | None = None,
     ) -> Plan:
         """The calls that a run of these arguments makes; see ``__call__``."""
-        manifest = self.bundle.manifest
         resolved = strategy if isinstance(strategy, Strategy) else self.strategy(strategy)
-        calls = make_sampler(
+        if sampler is None and steps is None and resolved.axis == "call":
+            sampler, steps = resolved.sampler, resolved.steps
+        calls = self.sampler(sampler, steps, eta=eta, clip_sample=clip_sample)
+        return compile_plan(resolved, calls, self.bundle.manifest.variants, self.bundle.time_tables())
+
+    def sampler(
+        self,
+        sampler: SamplerLike | None = None,
+        steps: int | None = None,
+        *,
+        eta: float | None = None,
+        clip_sample: float | None = None,
+    ) -> Sampler:
+        """The table of a sampler for the networks of this bundle; see ``__call__``."""
+        return make_sampler(
             (self.bundle.scheduler_config() or "ddpm") if sampler is None else sampler,
-            manifest.noise_schedule,
+            self.bundle.manifest.noise_schedule,
             steps,
-            prediction_type=manifest.prediction_type,
+            prediction_type=self.bundle.manifest.prediction_type,
             eta=eta,
             clip_sample=clip_sample,
         )
-        return compile_plan(resolved, calls, manifest.variants, self.bundle.time_tables())
 
     def settle_backend(self, plan: Plan, batch_size: int) -> str:
         """Settle which backend runs a plan, and keep it in ``backend``; ``auto`` asks what was measured."""
@@ -168,7 +181,8 @@ class Pipeline:
         Args:
             strategy: A strategy, ``uniform:4/8``, the name of one in the bundle, or a file.
             sampler: ``ddim``, ``heun:karras``, the path of a diffusers ``scheduler_config.json``, or such a config as
-                a mapping; see ``ddsm_engine.samplers``. None takes the bundle's own config, or DDPM where it has none.
+                a mapping; see ``ddsm_engine.samplers``. None takes that of a strategy over calls, else the bundle's own
+                config, or DDPM where it has none.
             steps: Steps of the sampler; None means all timesteps, which only DDPM and DDIM take.
             num_images: How many.
             batch_size: How many at a time; a last partial batch is padded, so an image does not depend on it.
@@ -242,9 +256,7 @@ class Pipeline:
         """
         choose_batch_size(num_images, batch_size)
         seeded = SeededNoise(seed)
-        if not self._lock.acquire(blocking=False):
-            raise BackendError("this Pipeline is running in another thread; open one Pipeline per thread")
-        try:
+        with self._alone():
             scheduler = self._scheduler(plan, batch_size)
             for number, first in enumerate(range(0, num_images, batch_size)):
                 count = min(batch_size, num_images - first)
@@ -256,8 +268,24 @@ class Pipeline:
                 engine_ms = float((clock[:, 1] - clock[:, 0]).sum()) / 1e6
                 segments = tuple(segments_from_clock(plan, number, clock))
                 yield Batch(first, scheduler.x[:count].copy(), segments, latency_ms, engine_ms)
-        finally:
-            self._lock.release()
+
+    def answer(self, plan: Plan, call: int, x: Images, *, batch_size: int) -> Images:
+        """What the variant of one call says of samples of your own, without the update that would follow.
+
+        Args:
+            plan: See ``plan``.
+            call: Which of its calls.
+            x: [N, C, H, W]; the last batch is padded.
+            batch_size: How many at a time.
+        """
+        with self._alone():
+            scheduler = self._scheduler(plan, batch_size)
+            output, batch = np.empty_like(x), np.zeros_like(scheduler.x)
+            for first in range(0, len(x), batch_size):
+                count = len(x[first : first + batch_size])
+                batch[:count] = x[first : first + count]
+                output[first : first + count] = scheduler.answer(plan, call, batch)[:count]
+        return output
 
     def trace(self, batches: list[Batch], batch_size: int) -> Trace:
         """The trace of finished batches."""
@@ -280,6 +308,16 @@ class Pipeline:
                 for engine in scheduler.engines.values():
                     return engine.precision
         return self.options.precision
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the buffers for one thread."""
+        if not self._lock.acquire(blocking=False):
+            raise BackendError("this Pipeline is running in another thread; open one Pipeline per thread")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _scheduler(self, plan: Plan, batch_size: int) -> Scheduler:
         spec = self.bundle.manifest.spec

@@ -18,6 +18,8 @@ from ddsm_engine.images import grid, save_png
 from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, choose_batch_size, find_bundle
 from ddsm_engine.plan import Plan
 from ddsm_engine.samplers import NAMES
+from ddsm_engine.search.budget import PREFIX, strategy_within
+from ddsm_engine.strategy import Strategy
 from ddsm_engine.trace import Trace
 
 RUN_FILE = "run.json"
@@ -28,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m ddsm_engine.run", description="Draw images from a bundle, swapping sub-networks per timestep."
     )
-    p.add_argument("--strategy", required=True, help="a strategy file, the name of one in the bundle, or uniform:4/8")
+    p.add_argument(
+        "--strategy",
+        required=True,
+        help="a strategy file, the name of one in the bundle, uniform:4/8, or budget:200ms: the best that was searched "
+        "for and takes no longer, per image",
+    )
     p.add_argument("--bundle", help="the bundle (default: the one that holds the strategy, else the only one here)")
     p.add_argument(
         "--sampler", metavar="NAME|FILE.json",
@@ -101,10 +108,22 @@ class _Job:
     def __init__(self, pipeline: Pipeline, arguments: argparse.Namespace) -> None:
         a = arguments
         self.pipeline, self.arguments = pipeline, arguments
-        self.strategy = pipeline.strategy(a.strategy)
-        self.plan = pipeline.plan(self.strategy, a.sampler, a.steps, eta=a.eta, clip_sample=a.clip_sample)
         self.batch_size = choose_batch_size(a.num_images, a.batch_size)
+        self.strategy = self._strategy()
+        self.plan = pipeline.plan(self.strategy, a.sampler, a.steps, eta=a.eta, clip_sample=a.clip_sample)
         self.finished: list[Batch] = []
+
+    def _strategy(self) -> Strategy:
+        a, pipeline = self.arguments, self.pipeline
+        if not a.strategy.startswith(PREFIX):
+            return pipeline.strategy(a.strategy)
+        found = strategy_within(
+            pipeline.bundle, a.strategy,
+            backend=a.backend, options=pipeline.options, batch=self.batch_size,
+            sampler=None if a.sampler is None else pipeline.sampler(a.sampler, a.steps).name, steps=a.steps,
+        )  # fmt: skip
+        print(f"{a.strategy}: {found.name}, {found.predicted_ms:.1f} ms an image expected", file=sys.stderr)
+        return found.strategy
 
     def into_file(self, output: Path) -> None:
         """One grid or one array, whole or not at all; after Ctrl-C it holds the images that were finished."""

@@ -82,6 +82,14 @@ class Scheduler:
                 on_call(call, float(plan.timesteps[call]), self.x)
         return clock
 
+    def answer(self, plan: Plan, call: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What a call's variant says of samples [B, C, H, W], without the update; the next call overwrites it."""
+        variant = plan.variants[call]
+        np.copyto(self.x, x)
+        np.copyto(self.features[variant], plan.time_features[call])
+        self.engines[variant].run()
+        return self._output
+
     def _update(self, plan: Plan, call: int, noise: NoiseSource) -> None:
         """Replace every slot by its row of the table: a sum over the slots, the output, x_0 and noise."""
         if plan.bound is not None:

@@ -27,7 +27,7 @@ def test_no_package_claims_the_names_export_and_kernels() -> None:
 
 def test_every_listed_verb_loads_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = entry_points(group=cli.GROUP)
-    engine = {"run", "inspect", "verify", "doctor", "build", "bench"}
+    engine = {"run", "inspect", "verify", "doctor", "build", "bench", "evaluate", "search"}
     assert {verb.name for verb in verbs} == engine | {"export", "train", "demo"}
     for verb in verbs:
         with pytest.raises(SystemExit) as stop:

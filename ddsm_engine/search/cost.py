@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from ddsm_engine.backends import artefact_backends, engine_target
+from ddsm_engine.backends import choose_backend, engine_target
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cost import gflops
 from ddsm_engine.engine_cache import Target
-from ddsm_engine.errors import BackendError, BundleError
+from ddsm_engine.errors import BundleError
+from ddsm_engine.measure.choice import fastest_backend
 from ddsm_engine.measure.environment import cpu
 from ddsm_engine.measure.latency_table import LatencyTable, latency_file, load_latency
 
@@ -34,32 +36,36 @@ class CallCost:
 
     def of(self, calls: Sequence[str]) -> float:
         """Cost of a whole run, per image; ``calls`` names the variant of every call."""
-        swaps = sum(self.swap[variant] for before, variant in zip(calls, calls[1:], strict=False) if before != variant)
+        swaps = sum(self.swap[variant] for before, variant in pairwise(calls) if before != variant)
         return sum(self.per_call[variant] for variant in calls) + swaps
 
 
 def counted_cost(bundle: Bundle) -> CallCost:
     """True GFLOPs: what the paper's search weighed, less attention. A swap computes nothing."""
-    return CallCost("GFLOPs", {v.id: gflops(v.macs) for v in bundle.manifest.variants}, dict.fromkeys(bundle.variants, 0.0))
+    per_call = {variant.id: gflops(variant.macs) for variant in bundle.manifest.variants}
+    return CallCost("GFLOPs", per_call, dict.fromkeys(per_call, 0.0))
 
 
-def measured_cost(bundle: Bundle, backend: str, options: EngineOptions, batch: int) -> CallCost:
+def measured_cost(
+    bundle: Bundle, backend: str, options: EngineOptions, batch: int, calls: Sequence[str] = ()
+) -> CallCost:
     """Milliseconds, by the table that ``ddsm bench --save`` kept on this machine.
 
     Args:
         bundle: With its tables.
-        backend: A backend, or ``auto``: the one on which the full width was measured to be fastest.
+        backend: A backend, or ``auto``: the one that a run of these calls would take.
         options: Device, precision and threads.
         batch: Images per call.
+        calls: The variant of every call; none: the full width throughout.
 
     Raises:
         BundleError: no table for this target, a damaged one, or one from another machine.
         BackendError: the backend, device or precision is not there.
     """
-    table = _fastest_table(bundle, options, batch) if backend == "auto" else None
-    if table is None:
-        name = _first_backend() if backend == "auto" else backend
-        table = _own_table(bundle, engine_target(name, options, batch))
+    if backend == "auto":
+        fastest = fastest_backend(bundle, calls or [bundle.full.id], options, batch)
+        backend = fastest or choose_backend("auto", options.device)
+    table = _own_table(bundle, engine_target(backend, options, batch))
     return CallCost(
         "ms",
         {variant: timing.median_ms / batch for variant, timing in table.timings.items()},
@@ -67,22 +73,6 @@ def measured_cost(bundle: Bundle, backend: str, options: EngineOptions, batch: i
         {variant: max(timing.swap_ms, 0.0) / batch for variant, timing in table.timings.items()},
         table.target,
     )
-
-
-def _fastest_table(bundle: Bundle, options: EngineOptions, batch: int) -> LatencyTable | None:
-    tables = []
-    for name in artefact_backends():
-        try:
-            target = engine_target(name, options, batch)
-        except BackendError:
-            continue  # it has not this device or precision
-        if latency_file(bundle, target).exists():
-            tables.append(_own_table(bundle, target))
-    return min(tables, key=lambda table: table.timings[bundle.full.id].median_ms, default=None)
-
-
-def _first_backend() -> str:
-    return next(iter(artefact_backends()), "auto")
 
 
 def _own_table(bundle: Bundle, target: Target) -> LatencyTable:

@@ -7,6 +7,7 @@ and for every whole cost the least error is known; what was rounded is added up 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,9 +115,7 @@ def _ends(best: NDArray[np.float64]) -> list[tuple[int, int, int]]:
     flat = best.transpose(2, 0, 1).reshape(best.shape[2], -1)  # [cost, layer * variant]
     least = flat.min(axis=1)
     before = np.concatenate([[np.inf], np.minimum.accumulate(least)[:-1]])
-    return [
-        (*divmod(int(flat[cost].argmin()), best.shape[1]), int(cost)) for cost in np.flatnonzero(least < before)
-    ]
+    return [(*divmod(int(flat[cost].argmin()), best.shape[1]), int(cost)) for cost in np.flatnonzero(least < before)]
 
 
 def _trace(
@@ -144,5 +143,5 @@ def _sums(
     genome: Genome, errors: NDArray[np.float64], costs: NDArray[np.float64], swap: NDArray[np.float64]
 ) -> tuple[float, float]:
     rows = np.arange(len(genome))
-    swaps = sum(swap[after] for before, after in zip(genome, genome[1:], strict=False) if before != after)
+    swaps = sum(swap[after] for before, after in pairwise(genome) if before != after)
     return float(costs[rows, genome].sum() + swaps), float(errors[rows, genome].sum())

@@ -1,7 +1,7 @@
 """Does the dynamic programme find the strategies that trying all of them finds?"""
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def brute_force(errors: Table, costs: Table, swap: Table, max_swaps: int | None)
     groups, variants = errors.shape
     found = []
     for genome in product(range(variants), repeat=groups):
-        changes = [after for before, after in zip(genome, genome[1:], strict=False) if before != after]
+        changes = [after for before, after in pairwise(genome) if before != after]
         if max_swaps is None or len(changes) <= max_swaps:
             cost = sum(costs[g, v] for g, v in enumerate(genome)) + sum(swap[v] for v in changes)
             found.append((round(float(cost), 9), float(sum(errors[g, v] for g, v in enumerate(genome)))))
@@ -107,7 +107,7 @@ def test_a_thousand_calls_in_a_hundred_groups_are_solved_with_a_bound_on_swaps()
     assert front[0].genome == (0,) * 100
     assert front[-1].genome == (6,) * 100
     assert all(sum(a != b for a, b in zip(p.genome, p.genome[1:], strict=False)) <= 4 for p in front)
-    assert all(a.cost < b.cost and a.error > b.error for a, b in zip(front, front[1:], strict=False))
+    assert all(a.cost < b.cost and a.error > b.error for a, b in pairwise(front))
 
 
 def test_a_negative_bound_is_refused() -> None:

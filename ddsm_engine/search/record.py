@@ -1,0 +1,192 @@
+"""What a search leaves: a record for the report, strategies for the bundle, a table for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from typing import Any
+
+from ddsm_engine.bundle import Bundle
+from ddsm_engine.cost import gflops
+from ddsm_engine.samplers import Sampler
+from ddsm_engine.search.calibration import Calibration
+from ddsm_engine.search.cost import CallCost
+from ddsm_engine.search.evaluation import Evaluation
+from ddsm_engine.search.report import FULL
+from ddsm_engine.search.space import Genome, Space
+from ddsm_engine.search.surrogate import Surrogate
+from ddsm_engine.search.trials import Calls, Judgement, Trials, run_lengths
+from ddsm_engine.strategy import Choice, Strategy
+
+FORMAT, FORMAT_VERSION = "ddsm-search", 1
+
+
+def front_names(sampler: Sampler, best: Sequence[Calls], full: Calls, cost: CallCost) -> dict[str, Calls]:
+    """Names such as ``ddim50-57``: sampler, steps, and the percentage of the full width's cost. The full width is last.
+
+    Of two that cost nearly the same the better one stays, which is the later.
+    """
+    stem = f"{sampler.name}{sampler.steps}".replace(":", "-").replace("+", "p")
+    names = {f"{stem}-{100 * cost.of(calls) / cost.of(full):02.0f}": calls for calls in best}
+    return {**names, FULL: full}
+
+
+def record_of(
+    trials: Trials,
+    space: Space,
+    cost: CallCost,
+    *,
+    settings: Mapping[str, Any],
+    judged: Mapping[Genome, Judgement],
+    evaluations: Mapping[str, Evaluation],
+    calibration: Calibration | None,
+    surrogate: Surrogate | None,
+    seeds: Sequence[tuple[int, Calls]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The whole search as JSON values; costs and milliseconds are those of a run, per image.
+
+    Args:
+        trials: What drew and judged.
+        space: What could be chosen.
+        cost: What was minimised beside the metric.
+        settings: ``method``, ``seed``, ``clip_sample``, ``images``, ``holdout_images``, ``holdout_seed`` and
+            ``environment``.
+        judged: Candidates and what the images of the search say of them.
+        evaluations: The front by name and what other images say of it, the full width last.
+        calibration: Errors of single calls, where they were measured.
+        surrogate: What was fitted to them.
+        seeds: What each seed would have chosen.
+        seconds: That this run of the search took.
+    """
+    bundle, sampler = trials.pipeline.bundle, trials.sampler
+    values = {space.calls(genome): judgement.value for genome, judgement in judged.items()}
+    holdout = settings["holdout_images"] * sampler.calls * len(evaluations)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "bundle": bundle.path.name,
+        "manifest": bundle.manifest.checksum,
+        "environment": settings["environment"],
+        "method": settings["method"],
+        "seed": settings["seed"],
+        "sampler": sampler.name,
+        "steps": sampler.steps,
+        "clip_sample": settings["clip_sample"],
+        "timesteps": sampler.timesteps.tolist(),
+        "groups": list(space.groups),
+        "variants": [
+            {"id": v, "label": bundle.label(bundle.variants[v]), "gflops": gflops(bundle.variants[v].macs)}
+            for v in space.variants
+        ],
+        "cost": {
+            "unit": cost.unit,
+            "per_call": dict(cost.per_call),
+            "swap": dict(cost.swap),
+            "batch": trials.batch_size,
+            "target": None if cost.target is None else dict(cost.target),
+        },
+        "metric": {
+            "name": trials.metric.name,
+            "images": settings["images"],
+            "seed": settings["seed"],
+            "holdout_images": settings["holdout_images"],
+            "holdout_seed": settings["holdout_seed"],
+        },
+        "error_table": None if calibration is None else calibration.tables()[0].tolist(),
+        "surrogate": None if surrogate is None else {
+            "r2": surrogate.r2, "rank_correlation": surrogate.rank_correlation, "probes": surrogate.candidates
+        },
+        "evaluations": [
+            {"calls": run_lengths(calls), "origin": trials.origin(calls), "cost": cost.of(calls), "value": value}
+            for calls, value in values.items()
+        ],
+        "front": [
+            _front_entry(name, found, cost, values.get(found.calls), bundle) for name, found in evaluations.items()
+        ],
+        "seeds": [{"seed": seed, "calls": run_lengths(calls)} for seed, calls in seeds],
+        "spent": ({} if calibration is None else {"calibration": calibration.evaluations})
+        | trials.evaluations
+        | {"holdout": holdout},
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def _front_entry(name: str, found: Evaluation, cost: CallCost, value: float | None, bundle: Bundle) -> dict[str, Any]:
+    return {
+        "name": name,
+        "calls": run_lengths(found.calls),
+        "cost": cost.of(found.calls),
+        "value": value,
+        "holdout": {"value": found.value, **asdict(found.interval)},
+        "loss": {"value": found.loss, **asdict(found.loss_interval)},
+        "predicted_ms": cost.of(found.calls) if cost.unit == "ms" else None,
+        "measured_ms": found.ms_per_image.median_ms,
+        "gflops": gflops(sum(bundle.variants[variant].macs for variant in found.calls)),
+    }
+
+
+def strategies_of(record: Mapping[str, Any], bundle: Bundle) -> dict[str, Strategy]:
+    """The front's strategies by name, less the full width; each says what it scored and how it was found."""
+    found = {}
+    for entry in record["front"]:
+        if entry["name"] == FULL:
+            continue
+        choices = [_choice(bundle, variant) for variant, count in entry["calls"] for _ in range(count)]
+        provenance = {
+            "kind": "search",
+            "bundle": record["manifest"],
+            "method": record["method"],
+            "seed": record["seed"],
+            "clip_sample": record["clip_sample"],
+            "metric": {
+                "name": record["metric"]["name"],
+                "images": record["metric"]["holdout_images"],
+                "seed": record["metric"]["holdout_seed"],
+                **entry["holdout"],
+            },
+            "loss": entry["loss"],
+            "cost": {
+                "unit": record["cost"]["unit"],
+                "value": entry["cost"],
+                "full_width": record["front"][-1]["cost"],
+                "cpu": record["environment"]["cpu"],
+            },
+        }
+        found[entry["name"]] = Strategy(tuple(choices), "call", record["sampler"], record["steps"], provenance)
+    return found
+
+
+def _choice(bundle: Bundle, variant: str) -> Choice:
+    mult = bundle.variants[variant].width_mult
+    return variant if mult is None else Fraction(mult).limit_denominator(1 << 12)
+
+
+def spell_front(record: Mapping[str, Any]) -> str:
+    """The front in a table: numbers of images that the search has not seen."""
+    metric, front = record["metric"], record["front"]
+    full = front[-1]
+    width = max(len(entry["name"]) for entry in front)
+    lines = [
+        f"{metric['name']}, {metric['holdout_images']} images of each that the search has not seen; less is better; "
+        f"[95 % interval]",
+        f"{'strategy':{width}} {'swaps':>6} {'GFLOPs':>8} {'predicted ms':>13} {'measured ms':>12} {'speed-up':>9} "
+        f"{'metric':>9} {'interval':>19} {'loss':>8} {'interval':>19}",
+    ]
+    for entry in front:
+        predicted = "-" if entry["predicted_ms"] is None else f"{entry['predicted_ms']:.1f}"
+        held, loss = entry["holdout"], entry["loss"]
+        is_full = entry is full
+        lines.append(
+            f"{entry['name']:{width}} {len(entry['calls']) - 1:6} {entry['gflops']:8.3g} {predicted:>13} "
+            f"{entry['measured_ms']:12.1f} {full['measured_ms'] / entry['measured_ms']:8.2f}x {held['value']:9.3f} "
+            f"{_spell_interval(held):>19} {'-' if is_full else format(loss['value'], '+.3f'):>8} "
+            f"{'-' if is_full else _spell_interval(loss):>19}"
+        )
+    spent = sum(count for stage, count in record["spent"].items() if stage != "holdout")
+    return "\n".join([
+        *lines, f"the search evaluated networks on {spent:,} images, this table on {record['spent']['holdout']:,}"
+    ])  # fmt: skip
+
+
+def _spell_interval(found: Mapping[str, float]) -> str:
+    return f"[{found['low']:.3f}, {found['high']:.3f}]"
