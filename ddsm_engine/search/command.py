@@ -16,7 +16,7 @@ from ddsm_engine.bundle import Bundle
 from ddsm_engine.cli import guarded
 from ddsm_engine.dataset import load_images
 from ddsm_engine.errors import OutputError, StrategyError
-from ddsm_engine.files import clear_leftovers, only_one_process, write_atomically
+from ddsm_engine.files import clear_leftovers, only_one_process, refuse_existing, write_atomically
 from ddsm_engine.images import grid, png_of
 from ddsm_engine.measure.environment import environment
 from ddsm_engine.pipeline import Pipeline, choose_batch_size
@@ -26,7 +26,7 @@ from ddsm_engine.search.cost import CallCost, counted_cost, measured_cost
 from ddsm_engine.search.evaluation import Evaluation, evaluate_in_turns
 from ddsm_engine.search.evolution import GENERATIONS, POPULATION, nsga2, random_search, scalar
 from ddsm_engine.search.fast import best_within, chosen_within, fast_search
-from ddsm_engine.search.record import front_names, record_of, spell_front, strategies_of
+from ddsm_engine.search.record import front_names, put_into_bundle, record_of, spell_front, strategies_of
 from ddsm_engine.search.report import FULL, write_report
 from ddsm_engine.search.sampling import Sampling, add_sampling_options, engine_options
 from ddsm_engine.search.space import Genome, Space, groups_of
@@ -93,10 +93,13 @@ def search(a: argparse.Namespace) -> None:
     for library in LIBRARIES:
         importlib.import_module(library)  # a missing one is said now, not after an hour
     bundle = Bundle.open(a.bundle)
+    if len(bundle.variants) < 2:
+        raise StrategyError(f"{a.bundle} holds one variant, which serves every call; a search needs two at least")
     options = engine_options(a)
     cost = counted_cost(bundle) if a.cost == "gflops" else measured_cost(bundle, a.backend, options, a.batch_size)
     output = a.output or a.bundle.with_suffix(".search")
     check_folder(output)
+    refuse_existing(bundle.path / "strategies" / "new.yaml", force=True)  # a bundle that is read-only
     output.mkdir(parents=True, exist_ok=True)
     with (
         only_one_process(output),
@@ -197,9 +200,8 @@ class _Search:
                     seeds=range(a.seed, a.seed + PARTS), batch_size=a.batch_size, real=self._real(),
                     keep=self.output, report=self.say,
                 )  # fmt: skip
-                judge = lambda genome, origin: self._judge(genome, origin).value  # noqa: E731 - shorter than a method
                 return calibration, fast_search(
-                    self.space, self.cost, calibration.tables(), judge,
+                    self.space, self.cost, calibration.tables(), lambda *asked: self._judge(*asked).value,
                     seed=a.seed, probes=a.probes, points=a.points, max_swaps=a.max_swaps, start=start,
                 )  # fmt: skip
         for genome in self.space.uniform():
@@ -276,35 +278,6 @@ class _Search:
         kept = strategies_of(record, self.pipe.bundle)
         put_into_bundle(self.pipe.bundle, kept)
         self.say(f"{self.output / REPORT} shows the search; in {self.pipe.bundle.path}: {', '.join(kept)}")
-
-
-def put_into_bundle(bundle: Bundle, found: Mapping[str, Strategy]) -> None:
-    """Replace the strategies that an earlier search for the same sampler and steps left; others stay.
-
-    Raises:
-        OutputError: a name that the bundle's export gave to another one.
-    """
-    exported = {Path(info.path).stem for info in bundle.manifest.files if info.path.startswith("strategies/")}
-    for name in found:
-        if name in exported:
-            raise OutputError(f"{bundle.path} was exported with a strategy of the name {name}; it is kept")
-    own = {(strategy.sampler, strategy.steps) for strategy in found.values()}
-    old = {
-        name: file for name, file in bundle.strategies().items()
-        if name not in exported and name not in found and _is_searched(file, own)
-    }  # fmt: skip
-    for name, strategy in found.items():
-        strategy.save(bundle.path / "strategies" / f"{name}.yaml")
-    for file in old.values():
-        file.unlink()
-
-
-def _is_searched(file: Path, own: set[tuple[str | None, int | None]]) -> bool:
-    try:
-        strategy = Strategy.load(file)
-    except StrategyError:
-        return False  # somebody's own
-    return strategy.provenance.get("kind") == "search" and (strategy.sampler, strategy.steps) in own
 
 
 if __name__ == "__main__":

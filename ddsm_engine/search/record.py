@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cost import gflops
+from ddsm_engine.errors import OutputError, StrategyError
 from ddsm_engine.samplers import Sampler
 from ddsm_engine.search.calibration import Calibration
 from ddsm_engine.search.cost import CallCost
@@ -159,6 +161,35 @@ def strategies_of(record: Mapping[str, Any], bundle: Bundle) -> dict[str, Strate
 def _choice(bundle: Bundle, variant: str) -> Choice:
     mult = bundle.variants[variant].width_mult
     return variant if mult is None else Fraction(mult).limit_denominator(1 << 12)
+
+
+def put_into_bundle(bundle: Bundle, found: Mapping[str, Strategy]) -> None:
+    """Replace the strategies that an earlier search for the same sampler and steps left; others stay.
+
+    Raises:
+        OutputError: a name that the bundle's export gave to another one.
+    """
+    exported = {Path(info.path).stem for info in bundle.manifest.files if info.path.startswith("strategies/")}
+    for name in found:
+        if name in exported:
+            raise OutputError(f"{bundle.path} was exported with a strategy of the name {name}; it is kept")
+    own = {(strategy.sampler, strategy.steps) for strategy in found.values()}
+    old = {
+        name: file for name, file in bundle.strategies().items()
+        if name not in exported and name not in found and _is_searched(file, own)
+    }  # fmt: skip
+    for name, strategy in found.items():
+        strategy.save(bundle.path / "strategies" / f"{name}.yaml")
+    for file in old.values():
+        file.unlink()
+
+
+def _is_searched(file: Path, own: set[tuple[str | None, int | None]]) -> bool:
+    try:
+        strategy = Strategy.load(file)
+    except StrategyError:
+        return False  # somebody's own
+    return strategy.provenance.get("kind") == "search" and (strategy.sampler, strategy.steps) in own
 
 
 def spell_front(record: Mapping[str, Any]) -> str:

@@ -247,6 +247,22 @@ def test_a_table_from_another_machine_is_refused(measured: Bundle, refusal: Refu
     assert "was measured on Another CPU, this machine is" in refusal(main, measured.path, *OPTIONS)
 
 
+def test_one_variant_leaves_nothing_to_search(
+    measured: Bundle, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    monkeypatch.setattr(Bundle, "variants", {measured.full.id: measured.full})
+    assert "holds one variant, which serves every call" in refusal(main, measured.path, *OPTIONS)
+
+
+def test_a_bundle_that_could_not_take_the_strategies_is_refused_before_the_work(
+    measured: Bundle, refusal: Refusal
+) -> None:
+    (measured.path / "strategies").rename(measured.path / "elsewhere")
+    (measured.path / "strategies").write_text("not a folder")
+    assert "is not a folder that you may write to" in refusal(main, measured.path, *OPTIONS)
+    assert not measured.path.with_suffix(".search").exists()
+
+
 def test_a_metric_that_is_no_number_ends_the_search(
     measured: Bundle, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
