@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _report, peers, robustness, samplers, scaling, strategy_latency, subnetwork_latency, swap_cost
+from benchmarks import (
+    _report,
+    peers,
+    robustness,
+    samplers,
+    scaling,
+    search,
+    strategy_latency,
+    subnetwork_latency,
+    swap_cost,
+)
 from ddsm_engine.errors import OutputError
 
 ROOT = Path(__file__).parents[2]
-MODULES = (subnetwork_latency, strategy_latency, peers, swap_cost, samplers, scaling, robustness)
+MODULES = (subnetwork_latency, strategy_latency, peers, swap_cost, samplers, search, scaling, robustness)
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in MODULES}
 
 
