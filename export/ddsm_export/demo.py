@@ -22,6 +22,7 @@ from ddsm_engine.measure.peak import matmul_peak_gflops
 from ddsm_engine.pipeline import Pipeline, Result
 from ddsm_engine.plan import Plan
 from ddsm_engine.strategy import Strategy
+from ddsm_engine.trace import Trace
 
 SUPERNET = "fashion_mnist.safetensors"
 TRACE = "trace.json"
@@ -34,6 +35,12 @@ BATCH = 8
 
 COARSE = ((0, Fraction(8, 8)), (266, Fraction(6, 8)), (470, Fraction(4, 8)))
 """First timestep and width of each run: the published CIFAR-10 strategy without its noise block, 3 runs, 2 swaps."""
+
+DEFAULT = "searched-46"
+"""The strategy of the demo: one of those that ``ddsm search`` found for the shipped supernet, at DDIM 50. The number is
+its percentage of the full width's time where it was searched."""
+
+FULL = "full"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,35 +64,40 @@ def demo(output: Path, *, force: bool) -> None:
     from ddsm_export.bundling import ExportOptions, export_bundle
     from ddsm_export.supernet import load_supernet
 
-    with as_file(files("ddsm_export") / "data" / SUPERNET) as file:
-        supernet = load_supernet(file)
-    strategy = Strategy.coarse(COARSE, supernet.spec.timesteps)
+    with as_file(files("ddsm_export") / "data") as data:
+        supernet = load_supernet(data / SUPERNET)
+        strategies = {file.stem: Strategy.load(file) for file in sorted((data / "strategies").glob("*.yaml"))}
+    strategies["coarse"] = Strategy.coarse(COARSE, supernet.spec.timesteps)
     started = time.monotonic()
     with atomic_path(output, replace=force) as folder:
         folder.mkdir()
         bundle = folder / "fashion-mnist.bundle"
         print("cutting and exporting the widths", flush=True)
-        export_bundle(supernet, bundle, ExportOptions(), strategies={"coarse": strategy}, report=_say)
+        export_bundle(supernet, bundle, ExportOptions(), strategies=strategies, report=_say)
         print(
-            f"\ndrawing {ROUNDS * BATCH} images with DDIM {STEPS} (x_0 clipped), full width and strategy in turns",
+            f"\ndrawing {ROUNDS * BATCH} images with DDIM {STEPS} (x_0 clipped): full width, a coarse and a searched "
+            "strategy in turns",
             flush=True,
         )
         with Pipeline.from_bundle(bundle) as pipeline:
             results = _draw_in_turns(pipeline)
-            plan = pipeline.plan("coarse", "ddim", STEPS)
+            plans = {name: pipeline.plan(name, "ddim", STEPS) for name in results if name != FULL}
             variants = pipeline.bundle.manifest.variants
             rows = measure_latency(pipeline.bundle, variants, pipeline.backend, BATCH, pipeline.options, repeats=9)
-        trace: dict[str, Any] = {"environment": environment(), "plan": str(plan)}
+        trace: dict[str, Any] = {"environment": environment(), "plan": str(plans[DEFAULT])}
         for name, rounds in results.items():
             images = np.concatenate([result.images for result in rounds])
             save_png(grid(images, columns=8), folder / f"{name}.png")
             trace[name] = [result.trace.to_json() for result in rounds]
         (folder / TRACE).write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
-        draw_picture(plan, rows, folder / "latency.png")
-    _print_table(rows, results, plan)
+        draw_picture(plans[DEFAULT], rows, folder / "latency.png")
+    _print_table(rows, results[FULL][0].trace)
+    for name, plan in plans.items():
+        _print_strategy(name, plan, rows, results)
+    print(_spell_search(strategies[DEFAULT]))
     where = output / "fashion-mnist.bundle"
     print(
-        f"\n{output}/ holds full.png, coarse.png, latency.png, trace.json and the bundle "
+        f"\n{output}/ holds full.png, coarse.png, {DEFAULT}.png, latency.png, trace.json and the bundle "
         f"({time.monotonic() - started:.0f} s);\nlook inside with: ddsm inspect {where}\n\n"
         f"With a supernet of your own:\n"
         f"  ddsm-export ckpt.pt -o my.bundle        # flagfile.txt beside it, or --groups --image-size …\n"
@@ -99,11 +111,11 @@ def _say(line: str) -> None:
 
 
 def _draw_in_turns(pipeline: Pipeline) -> dict[str, list[Result]]:
-    """Full width, strategy, full width, strategy: a machine whose speed drifts treats both alike."""
-    strategies = {"full": "uniform:8/8", "coarse": "coarse"}
+    """Full width, strategies, full width, strategies: a machine whose speed drifts treats all alike."""
+    strategies = {FULL: "uniform:8/8", "coarse": "coarse", DEFAULT: DEFAULT}
     results: dict[str, list[Result]] = {name: [] for name in strategies}
-    for strategy in strategies.values():
-        pipeline(strategy, "ddim", 2, num_images=BATCH, batch_size=BATCH, clip_sample=CLIP)  # warm up
+    for variant in pipeline.bundle.variants:
+        pipeline(f"uniform:{variant}", "ddim", 2, num_images=BATCH, batch_size=BATCH, clip_sample=CLIP)  # warm up
     for seed in range(ROUNDS):
         for name, strategy in strategies.items():
             results[name].append(
@@ -112,8 +124,7 @@ def _draw_in_turns(pipeline: Pipeline) -> dict[str, list[Result]]:
     return results
 
 
-def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Result]], plan: Plan) -> None:
-    trace = results["coarse"][0].trace
+def _print_table(rows: Sequence[LatencyRow], trace: Trace) -> None:
     print(f"\n{trace.backend} {trace.precision}, batch {trace.batch_size}; ms are per image and call, median")
     print(f"{'width':>10} {'GFLOPs':>8} {'ms':>8} {'expected':>9} {'measured':>9}")
     for row in rows:
@@ -122,18 +133,30 @@ def _print_table(rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Resu
             f"{label:>10} {gflops(row.variant.macs):8.3f} {row.ms_per_image:8.2f} {row.expected_speedup:8.2f}x "
             f"{row.measured_speedup:8.2f}x"
         )
+
+
+def _print_strategy(name: str, plan: Plan, rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Result]]) -> None:
     macs = {row.variant.id: row.variant.macs for row in rows}
     full_row = max(rows, key=lambda row: row.variant.macs)
     theoretical = theoretical_speedup(full_row.variant.macs, [macs[v] for v in plan.variants])
-    seconds = {name: sum(r.trace.latency_ms for r in rounds) / 1e3 for name, rounds in results.items()}
-    images = sum(len(result.images) for result in results["full"])
-    realised = seconds["full"] / seconds["coarse"]
-    peak = matmul_peak_gflops(trace.precision)
-    print(f"\nplan: {plan}")
+    seconds = {each: sum(r.trace.latency_ms for r in rounds) / 1e3 for each, rounds in results.items()}
+    images = sum(len(result.images) for result in results[FULL])
+    realised = seconds[FULL] / seconds[name]
+    peak = matmul_peak_gflops(results[FULL][0].trace.precision)
+    print(f"\n{name}: {plan}")
     print(
-        f"strategy: expected {theoretical:.2f}x, measured {realised:.2f}x, R = {realised / theoretical:.2f} "
+        f"  expected {theoretical:.2f}x, measured {realised:.2f}x, R = {realised / theoretical:.2f} "
         f"(full width at {100 * full_row.gflops_per_s / peak:.0f} % of this machine's {peak:.0f} GFLOP/s)\n"
-        f"images per second: {images / seconds['full']:.2f} full width, {images / seconds['coarse']:.2f} strategy"
+        f"  images per second: {images / seconds[FULL]:.2f} full width, {images / seconds[name]:.2f} strategy"
+    )
+
+
+def _spell_search(strategy: Strategy) -> str:
+    """What the search said of a strategy's images, which a demo's few cannot show."""
+    metric, loss = strategy.provenance["metric"], strategy.provenance["loss"]
+    return (
+        f"  {metric['name']}, {metric['images']} images: {metric['value']:.1f} [{metric['low']:.1f}, "
+        f"{metric['high']:.1f}], {loss['value']:+.1f} [{loss['low']:+.1f}, {loss['high']:+.1f}] against the full width"
     )
 
 
