@@ -139,7 +139,9 @@ class Strategy:
 
     def save(self, path: Path | str) -> None:
         """Write YAML, whole or not at all."""
-        write_atomically(Path(path), yaml.safe_dump(self.to_json(), sort_keys=False, width=120, allow_unicode=True).encode())
+        write_atomically(
+            Path(path), yaml.safe_dump(self.to_json(), sort_keys=False, width=120, allow_unicode=True).encode()
+        )
 
     @classmethod
     def load(cls, path: Path | str) -> "Strategy":
