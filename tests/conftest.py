@@ -43,6 +43,17 @@ def export_tiny(path: Path) -> None:
     export_bundle(tiny_supernet(), path, ExportOptions(), strategies=strategies)
 
 
+LONGEST_FIRST = ("test_readme.py", "test_kills.py", "test_demo.py", "test_corpus.py", "test_races.py")
+"""Files that take a minute or more: begun last, the longest would keep one of two processes waiting for the other."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the order is otherwise kept."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session")
 def supernet() -> Supernet:
     return tiny_supernet()
