@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 from ddsm_engine.bundle import Bundle
@@ -19,7 +18,7 @@ from ddsm_engine.quality import Metric, add_options
 from ddsm_engine.quality.metric import LEAST_ROWS
 from ddsm_engine.search.evaluation import Evaluation, evaluate_in_turns
 from ddsm_engine.search.sampling import Sampling, add_sampling_options, engine_options
-from ddsm_engine.search.trials import Calls, Trials
+from ddsm_engine.search.trials import Calls, Trials, run_lengths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +83,7 @@ def spell_evaluations(bundle: Bundle, metric: Metric, found: Mapping[str, Evalua
         f"{'metric':>9} {'interval':>19} {'difference':>11} {'interval':>19}",
     ]
     for name, e in found.items():
-        swaps = sum(one != other for one, other in pairwise(e.calls))
+        swaps = len(run_lengths(e.calls)) - 1
         lines.append(
             f"{name:{width}} {len(e.calls):6} {swaps:6} {gflops(sum(macs[variant] for variant in e.calls)):8.3g} "
             f"{e.ms_per_image.median_ms / 1e3:11.3f} "

@@ -65,10 +65,10 @@ class RealImages:
         """Rows [N, F] of all images, or of those of these numbers."""
         pixels = self.pixels if numbers is None else self.pixels[numbers]
         parts = (pixels[first : first + DESCRIBED] for first in range(0, len(pixels), DESCRIBED))
-        return np.concatenate([description(_floats(part)) for part in parts])
+        return np.concatenate([description(in_unit_range(part)) for part in parts])
 
 
-def _floats(pixels: NDArray[np.uint8] | Images) -> Images:
+def in_unit_range(pixels: NDArray[np.uint8] | Images) -> Images:
     """As the supernet saw them: 0…255 → [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1 if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 

@@ -21,6 +21,7 @@ from ddsm_engine.images import grid, png_of
 from ddsm_engine.measure.environment import environment
 from ddsm_engine.pipeline import Pipeline, choose_batch_size
 from ddsm_engine.quality import Images, add_options
+from ddsm_engine.quality.statistics import in_unit_range
 from ddsm_engine.search.calibration import CALIBRATION_IMAGES, Calibration, calibrate
 from ddsm_engine.search.cost import CallCost, counted_cost, measured_cost
 from ddsm_engine.search.evaluation import Evaluation, evaluate_in_turns
@@ -245,7 +246,7 @@ class _Search:
         spec = self.pipe.bundle.manifest.spec
         images = load_images(self.a.data, channels=spec.channels, image_size=spec.image_size)
         chosen = np.random.default_rng(self.a.seed).permutation(len(images))[: CALIBRATION_IMAGES * PARTS]
-        return images[chosen].astype(np.float32) / np.float32(127.5) - 1
+        return in_unit_range(images[chosen])
 
     def _like(self, strategy: Strategy) -> Genome:
         """The candidate that is most like a strategy made for something else: the same variant at the same noise."""

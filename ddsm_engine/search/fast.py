@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddsm_engine.search.cost import CallCost
-from ddsm_engine.search.frontier import Point, solve_front
+from ddsm_engine.search.frontier import Point, pareto, solve_front
 from ddsm_engine.search.space import Genome, Space
 from ddsm_engine.search.surrogate import Surrogate, fit_surrogate, piecewise_probes
 
@@ -135,10 +135,7 @@ def best_within(
     Each is better than all that cost less.
     """
     allowed = [genome for genome in values if max_swaps is None or swaps_of(genome) <= max_swaps]
-    front: list[Point] = []
-    for genome in sorted(allowed, key=lambda g: (costs[g], values[g], g)):
-        if not front or values[genome] < front[-1].error:
-            front.append(Point(genome, costs[genome], values[genome]))
+    front = pareto([Point(genome, costs[genome], values[genome]) for genome in sorted(allowed)])
     return [point.genome for point in spread(front, points)]
 
 

@@ -92,8 +92,9 @@ def demo(output: Path, *, force: bool) -> None:
         (folder / TRACE).write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
         draw_picture(plans[DEFAULT], rows, folder / "latency.png")
     _print_table(rows, results[FULL][0].trace)
+    peak = matmul_peak_gflops(results[FULL][0].trace.precision)
     for name, plan in plans.items():
-        _print_strategy(name, plan, rows, results)
+        _print_strategy(name, plan, rows, results, peak)
     print(_spell_search(strategies[DEFAULT]))
     where = output / "fashion-mnist.bundle"
     print(
@@ -135,14 +136,15 @@ def _print_table(rows: Sequence[LatencyRow], trace: Trace) -> None:
         )
 
 
-def _print_strategy(name: str, plan: Plan, rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Result]]) -> None:
+def _print_strategy(
+    name: str, plan: Plan, rows: Sequence[LatencyRow], results: Mapping[str, Sequence[Result]], peak: float
+) -> None:
     macs = {row.variant.id: row.variant.macs for row in rows}
     full_row = max(rows, key=lambda row: row.variant.macs)
     theoretical = theoretical_speedup(full_row.variant.macs, [macs[v] for v in plan.variants])
     seconds = {each: sum(r.trace.latency_ms for r in rounds) / 1e3 for each, rounds in results.items()}
     images = sum(len(result.images) for result in results[FULL])
     realised = seconds[FULL] / seconds[name]
-    peak = matmul_peak_gflops(results[FULL][0].trace.precision)
     print(f"\n{name}: {plan}")
     print(
         f"  expected {theoretical:.2f}x, measured {realised:.2f}x, R = {realised / theoretical:.2f} "
