@@ -74,10 +74,7 @@ class Scheduler:
             clock[call, 1] = time.perf_counter_ns()
             self._update(plan, call, noise)
             if not _is_finite(self.x):
-                raise BackendError(
-                    f"call {call} (timestep {plan.timesteps[call]:g}) of variant {variant} left a value that is not "
-                    f"finite; try --precision fp32, or check the bundle with its weights"
-                )
+                raise not_finite(plan, call)
             if on_call is not None:
                 on_call(call, float(plan.timesteps[call]), self.x)
         return clock
@@ -103,6 +100,14 @@ class Scheduler:
             _sum(row, terms, spare, self._scratch)
         _sum(of_x, terms, self.x, self._scratch)  # last, for the others read the sample that it overwrites
         self._kept, self._spare = self._spare, self._kept
+
+
+def not_finite(plan: Plan, call: int) -> BackendError:
+    """The refusal of a call that left a value that is not finite."""
+    return BackendError(
+        f"call {call} (timestep {plan.timesteps[call]:g}) of variant {plan.variants[call]} left a value that is not "
+        f"finite; try --precision fp32, or check the bundle with its weights"
+    )
 
 
 def _sum(
