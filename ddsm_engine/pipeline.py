@@ -11,9 +11,11 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ddsm_engine.backends import choose_backend, open_engines
+from ddsm_engine.backends import choose_backend, device_of, open_device, open_engines
+from ddsm_engine.backends.device import Device, StagedEngine
 from ddsm_engine.backends.engine import EngineOptions, Precision
 from ddsm_engine.bundle import MANIFEST, Bundle
+from ddsm_engine.device_scheduler import DeviceScheduler, OnProgress, takes
 from ddsm_engine.errors import BackendError, BundleError, SamplerError
 from ddsm_engine.measure.choice import fastest_backend
 from ddsm_engine.noise import INITIAL, SeededNoise
@@ -21,7 +23,7 @@ from ddsm_engine.plan import Plan, compile_plan
 from ddsm_engine.samplers import Sampler, SamplerLike, make_sampler
 from ddsm_engine.scheduler import OnCall, Scheduler
 from ddsm_engine.strategy import Strategy, parse_uniform
-from ddsm_engine.trace import Trace, TraceSegment, segments_from_clock
+from ddsm_engine.trace import HOST, Trace, TraceSegment, segments_from_clock
 
 Images = NDArray[np.float32]
 
@@ -53,7 +55,8 @@ class Batch:
         x_final: float32 [n, C, H, W], not clipped; padding is cut off.
         segments: Its part of the trace.
         latency_ms: Wall time.
-        engine_ms: Wall time inside the engines.
+        engine_ms: Wall time inside the engines; on a GPU without the host, between the ends of the updates.
+        execution: How it ran; see ``Trace``.
     """
 
     first_image: int
@@ -61,6 +64,7 @@ class Batch:
     segments: tuple[TraceSegment, ...]
     latency_ms: float
     engine_ms: float
+    execution: str = HOST
 
 
 class Pipeline:
@@ -76,6 +80,9 @@ class Pipeline:
         self._is_auto = backend == "auto"
         self._settled: dict[tuple[tuple[str, ...], int], str] = {}
         self._schedulers: dict[tuple[str, int], Scheduler] = {}
+        # On a GPU: its stream, and beside each scheduler one that runs without the host.
+        self._device: Device | None = None
+        self._on_device: dict[tuple[str, int], DeviceScheduler] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -84,7 +91,7 @@ class Pipeline:
         path: Path | str,
         *,
         backend: str = "auto",
-        device: str = "cpu",
+        device: str = "auto",
         precision: Precision = "auto",
         threads: int = 0,
     ) -> "Pipeline":
@@ -92,9 +99,10 @@ class Pipeline:
 
         Args:
             path: The bundle's folder.
-            backend: ``openvino``, ``onnxruntime``, ``torch``, or ``auto``: the one that was measured to be the fastest
-                (``ddsm bench --save``), and OpenVINO where nothing was.
-            device: ``cpu`` or ``cuda``; a device that is absent is refused, never replaced.
+            backend: One of ``ddsm_engine.backends``, or ``auto``: the one that was measured to be the fastest (``ddsm
+                bench --save``), and where nothing was OpenVINO, or TensorRT on a GPU.
+            device: ``cpu``, ``cuda``, or ``auto``: where the backend runs. One that is absent is refused, never
+                replaced.
             precision: ``auto`` takes bf16 where the CPU has matrix tiles for it, ``fp32`` is exact.
             threads: Threads per engine; 0 leaves it to the backend.
 
@@ -102,7 +110,7 @@ class Pipeline:
             BundleError: no bundle, or a damaged one.
             BackendError: a backend that is not installed.
         """
-        options = EngineOptions(device=device, precision=precision, threads=threads)
+        options = EngineOptions(device=device_of(backend, device), precision=precision, threads=threads)
         return cls(Bundle.open(path), backend, options)
 
     def strategy(self, text: str | Path) -> Strategy:
@@ -240,10 +248,14 @@ class Pipeline:
         batch_size: int,
         seed: int = 0,
         callback: OnCall | None = None,
+        on_progress: OnProgress | None = None,
         source: "_InjectedNoise | None" = None,
         skip: Callable[[range], bool] = lambda images: False,
     ) -> Iterator[Batch]:
         """Run a plan batch by batch; every variant of it is opened before the first call.
+
+        On a GPU a batch runs without the host, unless noise or callbacks of the caller's, or dynamic thresholding, need
+        it between the calls.
 
         Args:
             plan: See ``plan``.
@@ -251,6 +263,7 @@ class Pipeline:
             batch_size: How many at a time.
             seed: Of the noise.
             callback: As in ``__call__``.
+            on_progress: Called now and then with the number of this batch's calls that are done.
             source: Injected noise, or None for the seed's.
             skip: Asked with the numbers of a batch's images; True leaves it out.
         """
@@ -258,16 +271,24 @@ class Pipeline:
         seeded = SeededNoise(seed)
         with self._alone():
             scheduler = self._scheduler(plan, batch_size)
+            on_device = None
+            if callback is None and source is None and takes(plan):
+                on_device = self._on_device.get((self.backend, batch_size))
             for number, first in enumerate(range(0, num_images, batch_size)):
                 count = min(batch_size, num_images - first)
                 if skip(range(first, first + count)):
                     continue
                 started = time.perf_counter()
-                clock = scheduler.run(plan, (source or seeded).starting_at(first), callback)
+                if on_device is None:
+                    on_call = callback if on_progress is None else _counting(on_progress, callback)
+                    clock = scheduler.run(plan, (source or seeded).starting_at(first), on_call)
+                else:
+                    clock = on_device.run(plan, seeded.starting_at(first), on_progress=on_progress)
                 latency_ms = (time.perf_counter() - started) * 1e3
                 engine_ms = float((clock[:, 1] - clock[:, 0]).sum()) / 1e6
                 segments = tuple(segments_from_clock(plan, number, clock))
-                yield Batch(first, scheduler.x[:count].copy(), segments, latency_ms, engine_ms)
+                x, execution = (scheduler.x, HOST) if on_device is None else (on_device.x, on_device.execution)
+                yield Batch(first, x[:count].copy(), segments, latency_ms, engine_ms, execution)
 
     def answer(self, plan: Plan, call: int, x: Images, *, batch_size: int) -> Images:
         """What the variant of one call says of samples of your own, without the update that would follow.
@@ -298,6 +319,7 @@ class Pipeline:
             batch_size=batch_size,
             backend=self.backend,
             precision=self.precision,
+            execution=batches[-1].execution if batches else HOST,
         )
 
     @property
@@ -328,15 +350,28 @@ class Pipeline:
         started = time.perf_counter()
         known = self.bundle.variants
         missing = [known[name] for name in dict.fromkeys(plan.variants) if name not in scheduler.engines]
-        for name, engine in open_engines(self.backend, self.bundle, missing, batch_size, self.options).items():
-            scheduler.add(name, engine, self.bundle.spec(known[name]).time_features)
+        if missing and self.options.device == "cuda" and self._device is None:
+            self._device = open_device(self.backend)
+        opened = open_engines(self.backend, self.bundle, missing, batch_size, self.options, self._device)
+        for name, engine in opened.items():
+            features = self.bundle.spec(known[name]).time_features
+            scheduler.add(name, engine, features)
+            if isinstance(engine, StagedEngine):
+                if key not in self._on_device:
+                    self._on_device[key] = DeviceScheduler(engine.device, scheduler.x.shape)
+                self._on_device[key].add(name, engine.engine, features)
         self.open_ms += (time.perf_counter() - started) * 1e3
         return scheduler
 
     def close(self) -> None:
         """Close every engine."""
+        while self._on_device:
+            self._on_device.popitem()[1].close()
         while self._schedulers:
             self._schedulers.popitem()[1].close()
+        if self._device is not None:
+            self._device.close()
+            self._device = None
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -345,6 +380,17 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _counting(on_progress: OnProgress, callback: OnCall | None) -> OnCall:
+    """A callback that also says how many calls are done."""
+
+    def on_call(call: int, t: float, x: Images) -> None:
+        if callback is not None:
+            callback(call, t, x)
+        on_progress(call + 1)
+
+    return on_call
 
 
 class _InjectedNoise:

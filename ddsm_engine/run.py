@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddsm_engine.backends import BACKENDS
+from ddsm_engine.backends import CHOICES, DEVICES
+from ddsm_engine.backends.engine import PRECISIONS
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import atomic_path, clear_leftovers, refuse_existing, write_atomically
@@ -20,7 +21,7 @@ from ddsm_engine.plan import Plan
 from ddsm_engine.samplers import NAMES
 from ddsm_engine.search.budget import PREFIX, strategy_within
 from ddsm_engine.strategy import Strategy
-from ddsm_engine.trace import Trace
+from ddsm_engine.trace import HOST, Trace
 
 RUN_FILE = "run.json"
 
@@ -51,9 +52,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-images", type=int, default=16)
     p.add_argument("--batch-size", type=int, help=f"images at a time (default: at most {DEFAULT_BATCH})")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--backend", choices=CHOICES, default="auto")
+    p.add_argument("--device", choices=DEVICES, default="auto")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto")
     p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
     p.add_argument("-o", "--output", type=Path, default=Path("images.png"), help=".png = a grid, .npz, or a folder")
     p.add_argument("--resume", action="store_true", help="finish a folder of images that was interrupted")
@@ -175,21 +176,23 @@ class _Job:
         total = len(self.plan.variants) * -(-a.num_images // self.batch_size)
         with tqdm(total=total, unit="call", disable=not sys.stderr.isatty()) as bar:
 
-            def advance(*_: object) -> None:
-                bar.update()
+            def advance(calls: int) -> None:
+                before = len(self.plan.variants) * len(self.finished)
+                bar.update(before + calls - bar.n)
 
             batches = self.pipeline.batches(
                 self.plan,
                 num_images=a.num_images,
                 batch_size=self.batch_size,
                 seed=a.seed,
-                callback=advance,
+                on_progress=advance,
                 skip=existing.issuperset,
             )
             try:
                 for batch in batches:
                     save(batch)
                     self.finished.append(batch)
+                    advance(0)
                     if bar.disable:
                         done = batch.first_image + len(batch.x_final)
                         print(f"{done} of {a.num_images} images, {batch.latency_ms / 1e3:.2f} s", file=sys.stderr)
@@ -237,9 +240,11 @@ def _report(trace: Trace, plan: Plan, output: Path, *, verbose: bool) -> None:
                 f"batch {s.batch} {s.variant} calls {s.first_call}…{s.first_call + s.calls - 1}  {s.latency_ms:.2f} ms"
                 f"  swap {s.swap_ms:.3f} ms"
             )
+    way = "" if trace.execution == HOST else f" as {trace.execution}"
     print(
         f"{output}: {trace.images} images in {trace.latency_ms / 1e3:.2f} s, {trace.images_per_s:.2f} images/s "
-        f"({trace.backend} {trace.precision}, batch {trace.batch_size}, engines opened in {trace.open_ms / 1e3:.2f} s)"
+        f"({trace.backend} {trace.precision}{way}, batch {trace.batch_size}, engines opened in "
+        f"{trace.open_ms / 1e3:.2f} s)"
     )
 
 

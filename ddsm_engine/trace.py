@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from ddsm_engine.plan import Plan
 
+HOST = "host"
+"""The execution of a run whose calls are made one by one from here."""
+
 
 @dataclass(frozen=True, slots=True)
 class TraceSegment:
@@ -45,6 +48,8 @@ class Trace:
         batch_size: How many at a time (a last partial batch is padded to it).
         backend: What ran.
         precision: What it computed in.
+        execution: ``host``: a loop over the calls here; on a GPU without the host one of
+            ``ddsm_engine.device_scheduler.EXECUTIONS``.
     """
 
     segments: tuple[TraceSegment, ...]
@@ -55,6 +60,7 @@ class Trace:
     batch_size: int
     backend: str
     precision: str
+    execution: str = HOST
 
     @property
     def images_per_s(self) -> float:

@@ -3,7 +3,10 @@
 import importlib.util
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import ModuleType
 
+from ddsm_engine.backends.device import Device, DeviceEngine, StagedEngine, no_gpu
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import EngineCache, Target
@@ -11,21 +14,50 @@ from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores
 
 BACKENDS = ("openvino", "onnxruntime", "torch")
-"""In the order ``auto`` prefers them."""
+"""Those that run on a CPU, in the order ``auto`` prefers them."""
+
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "torch-compile")
+"""Those that run on nothing but a GPU."""
+
+CHOICES = ("auto", *BACKENDS, *GPU_BACKENDS)
+"""What a user may name."""
+
+ON_GPU = ("tensorrt", "torch", "onnxruntime")
+"""What ``auto`` takes on a GPU, in this order."""
 
 REFERENCE = "torch"
 """Cuts its networks from the weights, eager and slow: what the others, which read the artefacts, are compared with."""
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "torch-compile": "torch"}
+"""The module that a backend needs, where it has another name."""
+
+DEVICES = ("auto", "cpu", "cuda")
 
 INSTALL = {
     "openvino": "pip install 'ddsm-engine[cpu]'",
     "onnxruntime": "pip install 'ddsm-engine[cpu]'",
     "torch": "pip install 'ddsm-engine[export]'",
+    "tensorrt": "pip install 'ddsm-engine[gpu]' --extra-index-url https://pypi.nvidia.com",
+    "tensorrt-rtx": "pip install tensorrt-rtx-cu13",
+    "torch-compile": "pip install 'ddsm-engine[export]'",
 }
 
 
+def device_of(backend: str, device: str = "auto") -> str:
+    """Where a backend runs: ``auto`` is the GPU for those that run on nothing else, and otherwise the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if backend in GPU_BACKENDS else "cpu"
+
+
+def is_installed(backend: str) -> bool:
+    """Whether the library of a backend is installed; whether it works is another question."""
+    return importlib.util.find_spec(MODULES.get(backend, backend)) is not None
+
+
 def installed_backends() -> tuple[str, ...]:
-    """The backends whose library is installed, preferred first."""
-    return tuple(name for name in BACKENDS if importlib.util.find_spec(name) is not None)
+    """The backends for a CPU whose library is installed, preferred first."""
+    return tuple(name for name in BACKENDS if is_installed(name))
 
 
 def artefact_backends() -> tuple[str, ...]:
@@ -40,16 +72,41 @@ def choose_backend(name: str, device: str) -> str:
         BackendError: an unknown name, or nothing installed that could run.
     """
     if name == "auto":
-        # Where nobody measured, OpenVINO: nothing else computes in bf16 on a CPU. On a GPU only the others apply.
-        usable = [b for b in installed_backends() if device == "cpu" or b != "openvino"]
+        # Where nobody measured, OpenVINO: nothing else computes in bf16 on a CPU.
+        usable = [backend for backend in (ON_GPU if device == "cuda" else BACKENDS) if is_installed(backend)]
         if not usable:
             raise BackendError(f"no backend is installed for device {device}: {INSTALL['onnxruntime']}")
         return usable[0]
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
-    if name not in installed_backends():
+    if name not in BACKENDS + GPU_BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS + GPU_BACKENDS)}")
+    if device == "cuda" and name not in ON_GPU + GPU_BACKENDS:
+        raise BackendError(f"the backend {name} runs on the CPU, found --device cuda; take one of {', '.join(ON_GPU)}")
+    if name in GPU_BACKENDS and device != "cuda":
+        raise BackendError(f"the backend {name} runs on a GPU, found --device {device}; take --device cuda")
+    if not is_installed(name):
         raise BackendError(f"the backend {name} is not installed: {INSTALL[name]}")
     return name
+
+
+def open_device(backend: str) -> Device:
+    """A stream on the GPU.
+
+    Args:
+        backend: Who asks, for the refusal.
+
+    Raises:
+        BackendError: there is no GPU, or what reaches it is not installed.
+    """
+    device: Device = _cuda(backend).open_device()
+    return device
+
+
+def _cuda(backend: str) -> ModuleType:
+    try:
+        from ddsm_engine.backends import cuda
+    except ImportError as error:
+        raise no_gpu(backend, f"no way to reach one ({error})") from error
+    return cuda
 
 
 def engine_target(name: str, options: EngineOptions, batch: int) -> Target:
@@ -58,7 +115,10 @@ def engine_target(name: str, options: EngineOptions, batch: int) -> Target:
     Raises:
         BackendError: the backend, device or precision is not there.
     """
-    match choose_backend(name, options.device):
+    name = choose_backend(name, options.device)
+    if options.device == "cuda":
+        return _gpu_target(name, options, batch)
+    match name:
         case "openvino":
             from ddsm_engine.backends.openvino import target
         case "onnxruntime":
@@ -68,13 +128,41 @@ def engine_target(name: str, options: EngineOptions, batch: int) -> Target:
     return target(options, batch)
 
 
-def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions) -> Engine:
+def _gpu_target(name: str, options: EngineOptions, batch: int) -> Target:
+    gpu = _cuda(name).properties()
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from ddsm_engine.backends.tensorrt import target
+
+        return target(name, options, batch, gpu)
+    if name == "onnxruntime":
+        from ddsm_engine.backends.onnxruntime_cuda import target as onnxruntime_target
+
+        return onnxruntime_target(options, batch, gpu)
+    from ddsm_engine.backends.torch_cuda import target as torch_target
+
+    return torch_target(options, batch, gpu, compiled=name == "torch-compile")
+
+
+def open_engine(
+    name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions, device: Device | None = None
+) -> Engine:
     """Open one variant for one batch size; its file is verified first.
+
+    Args:
+        name: The backend.
+        bundle: Where the variant is.
+        variant: What to open.
+        batch: Images per call.
+        options: Device, precision and threads.
+        device: The stream that an engine on a GPU shares with others; None opens one for it alone.
 
     Raises:
         BackendError: the backend, device or precision is not there, or the artefact does not load.
         BundleError: the artefact is damaged.
     """
+    name = choose_backend(name, options.device)
+    if options.device == "cuda":
+        return _open_on_gpu(name, bundle, [variant], batch, options, device)[variant.id]
     match name:
         case "openvino":
             from ddsm_engine.backends.openvino import OpenVINOEngine, target
@@ -93,17 +181,79 @@ def open_engine(name: str, bundle: Bundle, variant: Variant, batch: int, options
 
             network = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
             return TorchEngine(network, options)
-    raise BackendError(f"unknown backend {name!r}; expected {', '.join(BACKENDS)}")
+    raise AssertionError(f"{name} runs on no CPU")
+
+
+def _open_on_gpu(
+    name: str,
+    bundle: Bundle,
+    variants: Sequence[Variant],
+    batch: int,
+    options: EngineOptions,
+    device: Device | None,
+) -> dict[str, Engine]:
+    """Engines on one stream, one after the other: each takes all of the GPU while it is opened."""
+    shared = device is not None
+    device = device if device is not None else open_device(name)
+    opened: dict[str, StagedEngine] = {}
+    # A stream that was opened for these engines closes with the last of them.
+    still_open = {variant.id for variant in variants}
+
+    def closed(variant: str) -> None:
+        still_open.discard(variant)
+        if not still_open and not shared:
+            device.close()
+
+    try:
+        with device.current():
+            for variant in variants:
+                loaded = _device_engine(name, bundle, variant, batch, options, device)
+                opened[variant.id] = StagedEngine(device, loaded, partial(closed, variant.id))
+    except BaseException:
+        for engine in opened.values():
+            engine.close()
+        for variant in variants:
+            closed(variant.id)
+        raise
+    return dict(opened)
+
+
+def _device_engine(
+    name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions, device: Device
+) -> DeviceEngine:
+    match name:
+        case "tensorrt" | "tensorrt-rtx":
+            from ddsm_engine.backends.tensorrt import open_tensorrt
+
+            return open_tensorrt(name, bundle, variant, batch, options, device)
+        case "onnxruntime":
+            from ddsm_engine.backends.onnxruntime_cuda import OnnxRuntimeCudaEngine
+
+            return OnnxRuntimeCudaEngine(device, bundle.artefact(variant), variant, batch, options)
+        case "torch" | "torch-compile":
+            from ddsm_engine.backends.torch import network_from_weights
+            from ddsm_engine.backends.torch_cuda import TorchCudaEngine
+
+            network = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
+            return TorchCudaEngine(device, network, batch, options, compiled=name == "torch-compile")
+    raise AssertionError(f"{name} runs on no GPU")
 
 
 def open_engines(
-    name: str, bundle: Bundle, variants: Sequence[Variant], batch: int, options: EngineOptions
+    name: str,
+    bundle: Bundle,
+    variants: Sequence[Variant],
+    batch: int,
+    options: EngineOptions,
+    device: Device | None = None,
 ) -> dict[str, Engine]:
     """Open several variants, by id, as ``open_engine`` does: side by side, for compiling one keeps one core busy.
 
     Raises:
         BackendError, BundleError: as ``open_engine``; those that did open are closed.
     """
+    if options.device == "cuda":
+        return _open_on_gpu(choose_backend(name, options.device), bundle, variants, batch, options, device)
     with ThreadPoolExecutor(cores()) as pool:
         opening = {v.id: pool.submit(open_engine, name, bundle, v, batch, options) for v in variants}
     try:

@@ -40,6 +40,11 @@ class Captured(Protocol):
     """Work that was recorded instead of done: the piece that larger graphs are made of."""
 
     @property
+    def handle(self) -> Any:  # noqa: ANN401 - the device's own
+        """What the device knows it by."""
+        ...
+
+    @property
     def nodes(self) -> int:
         """How many kernels, copies and inner graphs it holds."""
         ...
@@ -220,8 +225,9 @@ class DeviceEngine(Protocol):
 class StagedEngine:
     """A device engine that serves arrays in host memory, as every other engine does: copies in, runs, copies out."""
 
-    def __init__(self, device: Device, engine: DeviceEngine) -> None:
-        self.device, self.engine = device, engine
+    def __init__(self, device: Device, engine: DeviceEngine, closed: Callable[[], None] = lambda: None) -> None:
+        """Take over an engine; ``closed`` is called when it has been closed."""
+        self.device, self.engine, self._closed = device, engine, closed
         self._inputs: dict[str, tuple[NDArray[Any], int]] = {}
         self._outputs: dict[str, tuple[NDArray[Any], int]] = {}
 
@@ -257,6 +263,7 @@ class StagedEngine:
             self.device.synchronize()
             self._release()
             self.engine.close()
+        self._closed()
 
     def _release(self) -> None:
         for _, address in [*self._inputs.values(), *self._outputs.values()]:

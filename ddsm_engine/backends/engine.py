@@ -10,7 +10,9 @@ from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores, cpu
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "bf16")
 
 MAX_THREADS = 1024
 

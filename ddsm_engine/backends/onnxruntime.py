@@ -1,7 +1,7 @@
 """ONNX Runtime: the same ONNX files on a CPU, or on CUDA where the GPU build is installed."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Since 1.29 it reports sessions to its maker, unless this is set before it is imported.
@@ -35,14 +35,51 @@ def resolve_precision(options: EngineOptions) -> str:
     Raises:
         BackendError: the precision is not there.
     """
-    if options.precision == "bf16":
-        raise BackendError("ONNX Runtime has no bf16 arithmetic here; use --precision fp32 or --backend openvino")
+    if options.precision not in ("auto", "fp32"):
+        raise BackendError(
+            f"ONNX Runtime has no {options.precision} arithmetic on a CPU; use --precision fp32 or --backend openvino"
+        )
     return "fp32"
 
 
 def target(options: EngineOptions, batch: int) -> Target:
     """What an engine with these options depends on beside the model."""
     return describe_target("onnxruntime", ort.__version__, resolve_precision(options), options, batch)
+
+
+def provider_of(device: str) -> str:
+    """What computes on a device.
+
+    Raises:
+        BackendError: the installed library does not.
+    """
+    provider = PROVIDERS.get(device)
+    if provider is None or provider not in ort.get_available_providers():
+        raise BackendError(
+            f"ONNX Runtime offers no device {device!r} here (providers: {', '.join(ort.get_available_providers())}); "
+            f"for CUDA: pip uninstall onnxruntime && pip install 'ddsm-engine[gpu]'; otherwise --device cpu"
+        )
+    return provider
+
+
+def check_shapes(kind: str, shapes: Mapping[str, Sequence[int]], nodes: Sequence[ort.NodeArg]) -> None:
+    """Compare the inputs or outputs of a network with what it will be given.
+
+    The library itself would find out in the first call, and print lines of its own.
+
+    Raises:
+        BackendError: the network has no such input or output, or one of another shape.
+    """
+    known = {node.name: node for node in nodes}
+    for name in known.keys() | shapes.keys():
+        node, shape = known.get(name), shapes.get(name)
+        if node is None or shape is None or node.type != "tensor(float)" or not _takes(node.shape, shape):
+            found = "none" if node is None else f"{node.type} {str(node.shape)[:100]}"
+            wanted = "none" if shape is None else f"tensor(float) {list(shape)}"
+            raise BackendError(
+                f"expected the {kind} {name[:60]!r} of the network to be {wanted}, found {found}; export the "
+                f"bundle again"
+            )
 
 
 class OnnxRuntimeEngine:
@@ -55,13 +92,7 @@ class OnnxRuntimeEngine:
             BackendError: the device is not there, the file does not load, or the precision is not offered.
         """
         self.precision = resolve_precision(options)
-        provider = PROVIDERS.get(options.device)
-        if provider is None or provider not in ort.get_available_providers():
-            raise BackendError(
-                f"ONNX Runtime offers no device {options.device!r} here (providers: "
-                f"{', '.join(ort.get_available_providers())}); for CUDA: pip uninstall onnxruntime && "
-                f"pip install 'ddsm-engine[gpu]'; otherwise --device cpu"
-            )
+        provider = provider_of(options.device)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         # Every session has threads of its own. Those of the variant before would still spin when the next one's begin:
@@ -86,8 +117,11 @@ class OnnxRuntimeEngine:
         Raises:
             BackendError: the network has no such input or output, or one of another shape.
         """
-        self._check_shapes("input", inputs, self._session.get_inputs())
-        self._check_shapes("output", outputs, self._session.get_outputs())
+        for kind, arrays, nodes in (
+            ("input", inputs, self._session.get_inputs()),
+            ("output", outputs, self._session.get_outputs()),
+        ):
+            check_shapes(kind, {name: array.shape for name, array in arrays.items()}, nodes)
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._bound = [ort.OrtValue.ortvalue_from_numpy(array) for array in [*inputs.values(), *outputs.values()]]
@@ -95,19 +129,6 @@ class OnnxRuntimeEngine:
             self._binding.bind_ortvalue_input(name, value)
         for name, value in zip(outputs, self._bound[len(inputs) :], strict=True):
             self._binding.bind_ortvalue_output(name, value)
-
-    def _check_shapes(self, kind: str, arrays: Arrays, nodes: Sequence[ort.NodeArg]) -> None:
-        """The library itself would find out in the first call, and print lines of its own."""
-        known = {node.name: node for node in nodes}
-        for name in known.keys() | arrays.keys():
-            node, array = known.get(name), arrays.get(name)
-            if node is None or array is None or node.type != "tensor(float)" or not _takes(node.shape, array.shape):
-                found = "none" if node is None else f"{node.type} {str(node.shape)[:100]}"
-                wanted = "none" if array is None else f"tensor(float) {list(array.shape)}"
-                raise BackendError(
-                    f"expected the {kind} {name[:60]!r} of the network to be {wanted}, found {found}; export the "
-                    f"bundle again"
-                )
 
     def run(self) -> None:
         """One forward pass."""

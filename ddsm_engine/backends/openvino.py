@@ -43,6 +43,8 @@ def resolve_precision(options: EngineOptions) -> str:
     capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if options.precision == "auto":
         return "bf16" if "BF16" in capabilities else "fp32"
+    if options.precision == "fp16":
+        raise BackendError("OpenVINO computes in fp32 or bf16 on a CPU, found --precision fp16")
     if options.precision == "bf16" and "BF16" not in capabilities:
         raise BackendError(f"this CPU has no bf16 arithmetic (it has {', '.join(capabilities)}); --precision fp32")
     return options.precision

@@ -38,8 +38,11 @@ def resolve_precision(options: EngineOptions) -> str:
     Raises:
         BackendError: the precision is not there.
     """
-    if options.precision == "bf16":
-        raise BackendError("the torch backend is the fp32 reference; use --backend openvino for bf16")
+    if options.precision not in ("auto", "fp32"):
+        raise BackendError(
+            f"the torch backend is the fp32 reference on a CPU, found --precision {options.precision}; use --backend "
+            f"openvino for bf16"
+        )
     return "fp32"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ddsm_engine.backends import BACKENDS
-from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends import CHOICES, DEVICES, device_of
+from ddsm_engine.backends.engine import PRECISIONS, EngineOptions
 from ddsm_engine.bundle import checksum_of
 from ddsm_engine.errors import StrategyError
 from ddsm_engine.files import atomic_path
@@ -37,15 +37,17 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1 (default 0)")
     p.add_argument("--clip-sample", type=float, nargs="?", const=1.0, metavar="BOUND", help="as of ddsm run")
     p.add_argument("--batch-size", type=int, default=DEFAULT_BATCH, help=f"images at a time (default {DEFAULT_BATCH})")
-    p.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--backend", choices=CHOICES, default="auto")
+    p.add_argument("--device", choices=DEVICES, default="auto")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto")
     p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     """Device, precision and threads."""
-    return EngineOptions(device=arguments.device, precision=arguments.precision, threads=arguments.threads)
+    return EngineOptions(
+        device=device_of(arguments.backend, arguments.device), precision=arguments.precision, threads=arguments.threads
+    )
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,14 @@ def test_an_engine_reads_and_writes_the_bound_arrays_in_place(backend: str, bund
 @pytest.mark.parametrize(
     ("backend", "options", "message"),
     [
-        ("onnxruntime", EngineOptions(device="cuda"), "no device 'cuda' here"),
-        ("torch", EngineOptions(device="cuda"), "sees no CUDA device"),
+        ("onnxruntime", EngineOptions(device="cuda"), "onnxruntime backend needs an NVIDIA GPU"),
+        ("torch", EngineOptions(device="cuda"), "torch backend needs an NVIDIA GPU"),
         ("openvino", EngineOptions(device="cuda"), "runs on the CPU"),
+        ("torch-compile", EngineOptions(device="cuda"), "torch-compile backend needs an NVIDIA GPU"),
+        ("torch-compile", EngineOptions(), "runs on a GPU, found --device cpu"),
+        ("tensorrt-rtx", EngineOptions(), "runs on a GPU, found --device cpu"),
+        ("openvino", EngineOptions(precision="fp16"), "fp32 or bf16 on a CPU"),
+        ("onnxruntime", EngineOptions(precision="fp16"), "no fp16 arithmetic"),
         ("onnxruntime", EngineOptions(precision="bf16"), "no bf16 arithmetic"),
         ("torch", EngineOptions(precision="bf16"), "fp32 reference"),
     ],

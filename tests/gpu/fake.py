@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddsm_engine.backends.device import ALIGNMENT, NO_BODY, Device, DeviceProperties, Loop, Scratch
+from ddsm_engine.backends.device import ALIGNMENT, NO_BODY, Captured, Device, DeviceProperties, Loop, Scratch
 from ddsm_engine.errors import BackendError
 from ddsm_engine.noise import SeededNoise
 from ddsm_kernels import update
@@ -26,11 +26,11 @@ Kernel = Callable[["FakeDevice", int], None]
 
 @dataclass
 class FakeCaptured:
-    work: list[Work]
+    handle: list[Work]
 
     @property
     def nodes(self) -> int:
-        return len(self.work)
+        return len(self.handle)
 
 
 @dataclass
@@ -169,12 +169,12 @@ class FakeDevice:
             self._recording = None
         return FakeCaptured(recorded)
 
-    def chain(self, parts: Sequence[Any]) -> FakeCaptured:
+    def chain(self, parts: Sequence[Captured]) -> FakeCaptured:
         if "chain" in self.refuses:
             raise BackendError("the driver refused a chain (invented)")
-        return FakeCaptured([work for part in parts for work in part.work])
+        return FakeCaptured([work for part in parts for work in part.handle])
 
-    def loop(self, step: Any, bodies: Sequence[Any]) -> Loop:
+    def loop(self, step: Captured, bodies: Sequence[Captured]) -> Loop:
         if "loop" in self.refuses:
             raise BackendError("the driver refused a loop (invented)")
         more, body = 2 * len(self.conditions) + 101, 2 * len(self.conditions) + 102
@@ -183,18 +183,18 @@ class FakeDevice:
         def run() -> None:
             self.conditions[more] = 1
             while self.conditions[more]:
-                for work in step.work:
+                for work in step.handle:
                     work()
                 if self.conditions[body] < len(bodies):
-                    for work in bodies[self.conditions[body]].work:
+                    for work in bodies[self.conditions[body]].handle:
                         work()
 
         return Loop(FakeCaptured([run]), more, body)
 
-    def instantiate(self, captured: Any) -> FakeGraph:
+    def instantiate(self, captured: Captured) -> FakeGraph:
         if "instantiate" in self.refuses:
             raise BackendError("the driver refused a graph (invented)")
-        return FakeGraph(self, captured.work)
+        return FakeGraph(self, captured.handle)
 
     def close(self) -> None:
         self._memory.clear()
