@@ -16,6 +16,9 @@ EXTRAS = {
     "diffusers": "diffusers",
     "scipy": "search",
     "pymoo": "search",
+    "pycuda": "gpu",
+    "cuda": "gpu",
+    "tensorrt": "gpu",
     "openvino": "cpu",
     "onnxruntime": "cpu",
 }
