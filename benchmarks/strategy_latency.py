@@ -26,8 +26,8 @@ from benchmarks._torch_walks import Walk, check_answers, draw_batch, make_walks
 from benchmarks.cifar10 import PUBLISHED, SCHEDULE, SEED, STRATEGY, cifar10_bundle, say, some_calls
 from benchmarks.dynamic_torch import draw_noise
 from ddsm_engine.backends import artefact_backends, open_engines
-from ddsm_engine.bench import batch_sizes
 from ddsm_engine.bundle import Bundle
+from ddsm_engine.cli import batch_sizes
 from ddsm_engine.cost import gflops
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.peak import matmul_peak_gflops

@@ -21,8 +21,9 @@ from benchmarks._report import Benchmark, Record, machine_line, percent, spread,
 from benchmarks.cifar10 import cifar10_bundle, say
 from ddsm_engine.backends import REFERENCE, open_engine
 from ddsm_engine.backends.engine import EngineOptions, Precision
-from ddsm_engine.bench import batch_sizes, choose_targets
+from ddsm_engine.bench import choose_targets
 from ddsm_engine.bundle import Bundle, Parity, Variant
+from ddsm_engine.cli import batch_sizes
 from ddsm_engine.cost import gflops
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError

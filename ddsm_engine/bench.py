@@ -9,10 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddsm_engine.backends import BACKENDS, REFERENCE, artefact_backends, choose_backend, engine_target
-from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends import (
+    CHOICES,
+    DEVICES,
+    REFERENCE,
+    artefact_backends,
+    choose_backend,
+    device_of,
+    engine_target,
+    reads,
+)
+from ddsm_engine.backends.engine import PRECISIONS, EngineOptions
 from ddsm_engine.bundle import Bundle
-from ddsm_engine.cli import guarded
+from ddsm_engine.cli import batch_sizes, guarded
 from ddsm_engine.cost import gflops
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
@@ -29,23 +38,50 @@ def parser() -> argparse.ArgumentParser:
         prog="ddsm bench",
         description="Time every variant, in turns, and compare it with its cost and with this machine's peak.",
     )
-    p.add_argument("bundle", type=Path)
-    p.add_argument("--backend", choices=("auto", *BACKENDS), help=f"default: every one installed but {REFERENCE}")
+    p.add_argument("bundle", type=Path, nargs="+", help="one; the suite takes one for each image size")
+    p.add_argument("--backend", choices=CHOICES, help=f"default: every one installed for the CPU but {REFERENCE}")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="where they run (default: auto)")
     p.add_argument(
         "--batch-size", default=f"1,{DEFAULT_BATCH}", metavar="N,…", help=f"images per call (default 1,{DEFAULT_BATCH})"
     )
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto")
     p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
     p.add_argument("--repeats", type=int, default=30, help="timed calls of each variant, at most (default 30)")
     p.add_argument("--save", action="store_true", help="keep the tables in the bundle, where a search finds them")
     p.add_argument("--json", action="store_true", help="print one JSON object instead")
+    suite = p.add_argument_group("the suite", "measures in parts, and goes on where it was stopped")
+    suite.add_argument("--suite", choices=("gpu",), help="every backend for the GPU, its peers and its ceilings")
+    suite.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="what the suite has measured")
+    suite.add_argument("--part", nargs="+", default=[], metavar="NAME", help="only these parts of it")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parser().parse_args(argv)
-    return guarded(lambda: bench(arguments))
+    return guarded(lambda: bench_suite(arguments) if arguments.suite else bench(arguments))
+
+
+def bench_suite(arguments: argparse.Namespace) -> None:
+    """Measure everything that a GPU is judged by; see ``ddsm_engine.measure.gpu``.
+
+    Raises:
+        BackendError: no GPU, parts that failed, or options that the suite does not take.
+        BundleError, OutputError: see ``run_suite``.
+    """
+    from ddsm_engine.measure.gpu.parts import PARTS
+    from ddsm_engine.measure.gpu.suite import run_suite
+
+    defaults = vars(parser().parse_args(["BUNDLE"]))
+    own = {"bundle", "suite", "output", "part"}
+    if given := [name for name, value in vars(arguments).items() if name not in own and value != defaults[name]]:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise BackendError(f"--suite gpu measures every backend in settings of its own; leave out {words}")
+    if arguments.output is None:
+        raise BackendError("--suite gpu needs -o FILE.json, where every part is written as it ends")
+    if unknown := [name for name in arguments.part if name not in PARTS]:
+        raise BackendError(f"unknown part {unknown[0][:60]!r}; expected {', '.join(PARTS)}")
+    run_suite(arguments.bundle, arguments.output, arguments.part, partial(print, flush=True))
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -57,11 +93,16 @@ def bench(arguments: argparse.Namespace) -> None:
         OutputError: the tables are to be kept, and cannot be.
     """
     say: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
+    if arguments.output is not None or arguments.part or len(arguments.bundle) > 1:
+        raise BackendError("several bundles, -o and --part belong to --suite gpu; leave them out, or add it")
     if arguments.repeats < 1:
         raise BackendError(f"a timing takes at least one repeat, found --repeats {arguments.repeats}")
-    bundle = Bundle.open(arguments.bundle)
-    options = EngineOptions(precision=arguments.precision, threads=arguments.threads)
+    bundle = Bundle.open(arguments.bundle[0])
+    device = device_of(arguments.backend or REFERENCE, arguments.device)
+    options = EngineOptions(device=device, precision=arguments.precision, threads=arguments.threads)
     targets = choose_targets(arguments.backend, batch_sizes(arguments.batch_size), options)
+    if not arguments.backend:
+        targets = [target for target in targets if reads(str(target["backend"]), bundle)]
     if arguments.save:
         for target in targets:
             check_writable(bundle, target)
@@ -73,7 +114,8 @@ def bench(arguments: argparse.Namespace) -> None:
         backend, precision, batch = str(target["backend"]), str(target["precision"]), int(target["batch"])
         rows = measure_latency(bundle, bundle.manifest.variants, backend, batch, options, repeats=arguments.repeats)
         if precision not in peaks:
-            peaks[precision] = matmul_peak_gflops(precision, options.threads)
+            computed = bundle.full.precision if precision == "auto" else precision
+            peaks[precision] = matmul_peak_gflops(computed, options.threads, options.device)
         table = LatencyTable(target, here, peaks[precision], {row.variant.id: row.timing for row in rows})
         say(spell_table(bundle, table, rows))
         file = save_latency(bundle, table) if arguments.save else None
@@ -85,21 +127,6 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
-
-
-def batch_sizes(text: str) -> tuple[int, ...]:
-    """Read ``1,8,16``; each counts once.
-
-    Raises:
-        BackendError: not positive whole numbers.
-    """
-    try:
-        sizes = tuple(dict.fromkeys(int(word) for word in text.split(",")))
-    except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise BackendError(f"expected whole numbers of at least 1, separated by commas, found --batch-size {text[:60]}")
-    return sizes
 
 
 def choose_targets(backend: str | None, batches: Sequence[int], options: EngineOptions) -> list[Target]:
@@ -114,7 +141,7 @@ def choose_targets(backend: str | None, batches: Sequence[int], options: EngineO
         name = choose_backend(backend, options.device)
         return [engine_target(name, options, batch) for batch in batches]
     targets: list[Target] = []
-    for name in artefact_backends():
+    for name in artefact_backends(options.device):
         try:
             targets += [engine_target(name, options, batch) for batch in batches]
         except BackendError as error:

@@ -84,7 +84,7 @@ class Variant:
 
     id: str
     role: str
-    precision: Literal["fp32", "fp16"]
+    precision: Literal["fp32", "fp16", "bf16"]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     file: str
@@ -274,8 +274,8 @@ def _variant(entry: object) -> Variant:
         raise KeyError(absent[0])
     if "spec" in data:
         data = data | {"spec": UNetSpec.from_json(data["spec"])}
-    if data["precision"] not in ("fp32", "fp16"):
-        raise TypeError(f"precision must be fp32 or fp16, found {brief(data['precision'])}")
+    if data["precision"] not in ("fp32", "fp16", "bf16"):
+        raise TypeError(f"precision must be fp32, fp16 or bf16, found {brief(data['precision'])}")
     nested = {key: tuple(_tensor(_object(tensor)) for tensor in _list(data[key])) for key in ("inputs", "outputs")}
     return _typed(Variant, data | nested | {"parity": _typed(Parity, _object(data["parity"]))})
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
 
-from ddsm_engine.errors import DdsmError
+from ddsm_engine.errors import BackendError, DdsmError
 
 GROUP = "ddsm.verbs"
 
@@ -42,6 +42,21 @@ def guarded(command: Callable[[], None]) -> int:
             raise
         return refuse(f"{library} is not installed: pip install 'ddsm-engine[{EXTRAS[library]}]'")
     return 0
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Read ``1,8,16``; each counts once.
+
+    Raises:
+        BackendError: not positive whole numbers.
+    """
+    try:
+        sizes = tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise BackendError(f"expected whole numbers of at least 1, separated by commas, found --batch-size {text[:60]}")
+    return sizes
 
 
 def refuse(message: str) -> int:

@@ -18,13 +18,19 @@ from pathlib import Path
 
 from ddsm_engine.bundle import Bundle, Variant, checksum_of
 from ddsm_engine.errors import BackendError, OutputError
-from ddsm_engine.files import SUFFIX, atomic_path, clear_leftovers
-from ddsm_engine.untrusted import parse_json, read_bytes
+from ddsm_engine.files import SUFFIX, atomic_path, clear_leftovers, write_atomically
+from ddsm_engine.untrusted import brief, parse_json, read_bytes
 
 ENGINES = "engines"
 ENGINE, SEAL = "engine.bin", "seal.json"
+TIMINGS = "timing.cache"
 KEY_BYTES = 32
+SEAL_LENGTH = 64
+"""Hexadecimal digits."""
 MAX_SEAL_BYTES = 1 << 16
+MAX_TIMINGS_BYTES = 1 << 30
+MAX_OTHERS = 64
+"""Engines for other targets that are looked at for a message."""
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,8 @@ def user_cache_folder() -> Path:
 class EngineCache:
     """The engines of one bundle for one target: ``engines/<target>/<variant>/{engine.bin, seal.json}``.
 
+    What their builder measured lies beside them in ``timing.cache``, a seal and then the content.
+
     They lie in the bundle, or in the user's cache folder where the bundle is read-only.
     """
 
@@ -62,15 +70,43 @@ class EngineCache:
     def load(self, variant: Variant) -> bytes | None:
         """The engine of a variant, or None where none was built; one that is damaged is named in a warning and left.
 
-        A cache must never stop a run: what it holds can be made again.
+        A cache must never stop a run where what it holds can be made again in a moment.
         """
+        try:
+            return self.find(variant)
+        except BackendError as error:
+            log.warning("%s; compiling anew", error)
+        return None
+
+    def find(self, variant: Variant) -> bytes | None:
+        """The engine of a variant, or None where none was built.
+
+        Raises:
+            ForeignEngineError: there is only one that somebody else built, or for something else.
+            BackendError: there is only a damaged one.
+        """
+        refusal: BackendError | None = None
         for folder in self.folders:
             try:
                 if (folder / variant.id).is_dir():
                     return read_sealed(folder / variant.id, self._subject(variant))
             except BackendError as error:
-                log.warning("%s; compiling anew", error)
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
         return None
+
+    def other_targets(self, variant: Variant) -> Iterator[Mapping[str, str]]:
+        """What the engines that this backend has of a variant say that they are for.
+
+        Nobody vouches for these words: they are cut short, and good for a message alone.
+        """
+        for folder in self.folders:
+            for seal in sorted(folder.parent.glob(f"{self.target['backend']}-*/{variant.id}/{SEAL}"))[:MAX_OTHERS]:
+                with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                    found = parse_json(read_bytes(seal, MAX_SEAL_BYTES))["target"]
+                    if found["backend"] == self.target["backend"]:
+                        yield {brief(name)[1:-1]: brief(str(value))[1:-1] for name, value in found.items()}
 
     @property
     def kept_in(self) -> Path:
@@ -97,6 +133,35 @@ class EngineCache:
                 (temporary / SEAL).write_text(json.dumps(seal, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"the engine of {variant.id} cannot be kept in {folder}: {error}") from error
+
+    def store_timings(self, timings: bytes) -> None:
+        """Keep what a builder measured, for its next time; sealed, as compiled kernels are part of it.
+
+        Raises:
+            OutputError: neither the bundle nor the user's cache folder can be written.
+        """
+        file = self.kept_in / TIMINGS
+        try:
+            write_atomically(file, _seal(self._timings_subject(timings), _own_key(make=True)).encode() + timings)
+        except OSError as error:
+            raise OutputError(f"the builder's timings cannot be kept in {file}: {error}") from error
+
+    def load_timings(self) -> bytes:
+        """What ``store_timings`` kept; empty where there is nothing, or nothing that this user made for this target."""
+        try:
+            found = read_bytes(self.kept_in / TIMINGS, MAX_TIMINGS_BYTES)
+        except (OSError, ValueError):
+            return b""
+        seal, timings = found[:SEAL_LENGTH], found[SEAL_LENGTH:]
+        is_ours = hmac.compare_digest(_seal(self._timings_subject(timings), _own_key(make=False)).encode(), seal)
+        return timings if is_ours else b""
+
+    def _timings_subject(self, timings: bytes) -> dict[str, object]:
+        return {
+            "format": "ddsm-engine-timings",
+            "target": dict(self.target),
+            "sha256": hashlib.sha256(timings).hexdigest(),
+        }
 
     def _subject(self, variant: Variant) -> dict[str, object]:
         """What an engine is made from and for."""

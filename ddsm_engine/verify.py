@@ -9,8 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ddsm_engine.backends import BACKENDS, INSTALL, REFERENCE, choose_backend, installed_backends
-from ddsm_engine.backends.engine import EngineOptions, Precision
+from ddsm_engine.backends import (
+    CHOICES,
+    DEVICES,
+    INSTALL,
+    REFERENCE,
+    choose_backend,
+    device_of,
+    installed_backends,
+    reads,
+)
+from ddsm_engine.backends.engine import PRECISIONS, EngineOptions, Precision
 from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle
 from ddsm_engine.cli import guarded
 from ddsm_engine.engine_cache import ENGINES, ForeignEngineError, engines_of, read_sealed
@@ -34,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
         description="Check every hash of a bundle, and every variant on every backend installed here with its weights.",
     )
     p.add_argument("bundle", type=Path)
-    artefact_backends = tuple(name for name in BACKENDS if name != REFERENCE)
-    p.add_argument("--backend", choices=artefact_backends, help="only this one (default: every one installed)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), help="only this one (default: every one offered here)")
+    p.add_argument("--backend", choices=CHOICES[1:], help="only this one (default: every one installed for the CPU)")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="where --backend runs (default: auto)")
+    p.add_argument("--precision", choices=PRECISIONS[1:], help="only this one (default: every one offered here)")
     p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead; null stands for infinite")
     run = p.add_argument_group("a whole run", "with the same noise as the reference's; reported, not judged")
@@ -79,6 +88,8 @@ def verify(arguments: argparse.Namespace) -> None:
     if own or foreign:
         say(f"engines: {own} whole, {foreign} sealed by another user or machine and never loaded")
     reference, candidates = choose_engines(arguments)
+    if not arguments.backend:
+        candidates = [engines for engines in candidates if reads(engines[0], bundle)]
     trajectory = plan_trajectory(bundle, arguments) if arguments.trajectory else None
 
     rows = _table(compare_variants(bundle, reference, candidates), say, VARIANT_HEADER, _variant_line)
@@ -172,14 +183,17 @@ def choose_engines(arguments: argparse.Namespace) -> tuple[Engines, list[Engines
         BackendError: a backend or a precision that is not here.
     """
     installed = installed_backends()
-    wanted = (choose_backend(arguments.backend, "cpu"),) if arguments.backend else installed
-    backends = [name for name in wanted if name != REFERENCE]
+    device = device_of(arguments.backend or REFERENCE, arguments.device)
+    wanted = (choose_backend(arguments.backend, device),) if arguments.backend else installed
+    backends = [name for name in wanted if name != REFERENCE or device != "cpu"]
     if not backends:
         raise BackendError(f"no backend is installed that runs the bundle's artefacts: {INSTALL['onnxruntime']}")
     engines: list[Engines] = [
-        (name, EngineOptions(precision=precision, threads=arguments.threads))
+        (name, EngineOptions(device=device, precision=precision, threads=arguments.threads))
         for name in backends
-        for precision in offered_precisions(name)
+        for precision in (
+            offered_precisions(name) if device == "cpu" else [arguments.precision or _precision_on_gpu(name)]
+        )
         if arguments.precision in (None, precision)
     ]
     if not engines:
@@ -199,6 +213,11 @@ def offered_precisions(backend: str) -> tuple[Precision, ...]:
         if resolve_precision(EngineOptions(precision="auto")) == "bf16":
             return "fp32", "bf16"
     return ("fp32",)
+
+
+def _precision_on_gpu(backend: str) -> Precision:
+    """TensorRT computes in what the artefacts hold; the others are asked for what the reference computes in."""
+    return "auto" if backend.startswith("tensorrt") else "fp32"
 
 
 def plan_trajectory(bundle: Bundle, arguments: argparse.Namespace) -> Trajectory:

@@ -60,9 +60,16 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if is_installed(name))
 
 
-def artefact_backends() -> tuple[str, ...]:
-    """Those of them that read a bundle's artefacts: all but the reference."""
+def artefact_backends(device: str = "cpu") -> tuple[str, ...]:
+    """What is compared where nothing was asked for: all that a device has installed, on the CPU but the reference."""
+    if device == "cuda":
+        return tuple(name for name in ON_GPU if is_installed(name))
     return tuple(name for name in installed_backends() if name != REFERENCE)
+
+
+def reads(backend: str, bundle: Bundle) -> bool:
+    """Whether a backend for the CPU reads a bundle's artefacts: ONNX Runtime has no bf16 there."""
+    return backend != "onnxruntime" or all(variant.precision != "bf16" for variant in bundle.manifest.variants)
 
 
 def choose_backend(name: str, device: str) -> str:
@@ -175,6 +182,8 @@ def open_engine(
         case "onnxruntime":
             from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 
+            if variant.precision == "bf16":
+                raise BackendError(f"ONNX Runtime has no bf16 on a CPU, which {variant.id} is in; --backend openvino")
             return OnnxRuntimeEngine(bundle.artefact(variant), options)
         case "torch":
             from ddsm_engine.backends.torch import TorchEngine, network_from_weights

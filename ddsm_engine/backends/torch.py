@@ -52,23 +52,18 @@ def target(options: EngineOptions, batch: int) -> Target:
 
 
 class TorchEngine:
-    """One static sub-network, eager, in fp32."""
+    """One static sub-network on the CPU, eager, in fp32; ``torch_cuda`` has the one for a GPU."""
 
     def __init__(self, network: UNet, options: EngineOptions) -> None:
         """Take over a sub-network.
 
         Raises:
-            BackendError: the device or precision is not there.
+            BackendError: the precision is not there.
         """
         self.precision = resolve_precision(options)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("torch sees no CUDA device here; use --device cpu")
-        if options.device not in ("cpu", "cuda"):
-            raise BackendError(f"the torch backend runs on cpu or cuda, found --device {options.device}")
         if options.threads:
             torch.set_num_threads(options.threads)
-        self.device = torch.device(options.device)
-        self._network = network.to(self.device)
+        self._network = network
         self._inputs: list[torch.Tensor] = []
         self._output = torch.empty(0)
 
@@ -80,7 +75,7 @@ class TorchEngine:
     def run(self) -> None:
         """One forward pass."""
         with torch.inference_mode():
-            self._output.copy_(self._network(*(tensor.to(self.device) for tensor in self._inputs)))
+            self._output.copy_(self._network(*self._inputs))
 
     def close(self) -> None:
         """Release the weights."""

@@ -6,10 +6,11 @@
 - ``program``: ``version`` (null where the package is not installed), ``python``, ``executable``, ``platform``
 - ``libraries``: of each requirement ``name``, ``required``, ``extras``, ``installed`` (null where it is not)
 - ``backends``: of each installed one ``name``, ``works``, ``error``, ``device``, ``offers``, ``auto_precision``,
-  ``threads``, ``cuda``, ``cuda_error``
+  ``threads``, ``cuda``, ``cuda_error``; those for a GPU where there is one, TensorRT-RTX without one, too
 - ``processor``: ``model``, ``features``, ``cores``
 - ``limits``: ``cgroup``, ``cpu_quota`` in CPUs, ``cpuset``, ``memory_limit_mb``, ``memory_room_mb`` in MiB
-- ``gpu``: ``driver``, ``devices``
+- ``gpu``: ``driver``, ``devices``, ``slots`` on the PCI bus
+- ``cuda``: ``works``, ``gpu``, ``compute_capability``, ``version``, ``errors`` by library; empty where there is no GPU
 - ``cache``: ``path``, ``writable``, ``files``, ``size_mb``, ``leftovers``
 - ``findings``: of each ``severity`` (``problem`` or ``note``), ``expected``, ``found``, ``repair``
 
@@ -19,6 +20,7 @@ Exit code 1 says that there is a problem; notes leave it 0.
 import argparse
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from ddsm_engine.cli import guarded, refuse
-from ddsm_engine.doctor import backends, libraries, machine
+from ddsm_engine.doctor import backends, cuda, libraries, machine
 from ddsm_engine.doctor.backends import Backend
+from ddsm_engine.doctor.cuda import Cuda
 from ddsm_engine.doctor.finding import Finding
 from ddsm_engine.doctor.libraries import DISTRIBUTION, Library
 from ddsm_engine.doctor.machine import Cache, Gpu, Limits, Processor
@@ -44,6 +47,7 @@ class Examination:
     processor: Processor
     limits: Limits = field(default_factory=Limits)
     gpu: Gpu = field(default_factory=Gpu)
+    cuda: Cuda = field(default_factory=Cuda)
     cache: Cache
 
     @property
@@ -55,6 +59,9 @@ class Examination:
             *backends.check_backends(self.backends, self.libraries, self.gpu),
             *backends.check_gpu(self.gpu, self.installed),
             *backends.check_torch(self.backends, self.libraries, self.installed, self.gpu),
+            *cuda.check_driver(self.gpu, self.installed),
+            *cuda.check_cuda(self.cuda, self.gpu, self.installed, shutil.which("nvcc")),
+            *cuda.check_architecture(self.cuda, {backend.name: backend.offers for backend in self.backends}),
             *backends.check_threads(self.backends, self.limits),
             *machine.check_memory(self.limits),
             *machine.check_cache(self.cache),
@@ -82,6 +89,7 @@ class Examination:
             "processor": asdict(self.processor),
             "limits": asdict(self.limits),
             "gpu": asdict(self.gpu),
+            "cuda": asdict(self.cuda),
             "cache": asdict(self.cache),
             "findings": [asdict(finding) for finding in self.findings],
         }
@@ -89,14 +97,15 @@ class Examination:
 
 def examine(root: Path = Path("/")) -> Examination:
     """Look at everything; ``root`` holds ``proc``, ``sys`` and ``dev``."""
-    installed = libraries.installed_versions()
+    installed, gpu = libraries.installed_versions(), machine.read_gpu(root)
     return Examination(
         installed=installed,
         libraries=libraries.read_libraries(libraries.own_requirements(), installed),
-        backends=backends.read_backends(),
+        backends=backends.read_backends(gpu),
         processor=machine.read_processor(root),
         limits=machine.read_limits(root),
-        gpu=machine.read_gpu(root),
+        gpu=gpu,
+        cuda=cuda.read_cuda(gpu),
         cache=machine.read_cache(user_cache_folder()),
     )
 
@@ -122,6 +131,7 @@ def describe(examination: Examination) -> str:
         f"  {_limits(e.limits)}",
         "GPU",
         f"  {', '.join(e.gpu.devices) or 'none'}" + (f"; driver {e.gpu.driver}" if e.gpu.driver else ""),
+        *_cuda(e.cuda),
         "cache",
         f"  {e.cache.path}: {e.cache.files} files, {e.cache.size_mb:.1f} MB"
         + ("" if e.cache.writable else "; cannot be written"),
@@ -136,16 +146,24 @@ def describe(examination: Examination) -> str:
 def _backend(backend: Backend) -> str:
     if not backend.works:
         return f"broken: {backend.error}"
-    cuda = "works on CUDA" if backend.cuda else "not on CUDA" if backend.cuda_error else ""
+    on_cuda = "works on CUDA" if backend.cuda else "not on CUDA" if backend.cuda_error else ""
     parts = [
         "works",
         backend.device,
         " ".join(backend.offers),
-        f"auto takes {backend.auto_precision}",
+        f"auto takes {backend.auto_precision}" if backend.auto_precision else "",
         f"{backend.threads} threads" if backend.threads else "",
-        cuda,
+        on_cuda,
     ]
     return "; ".join(filter(None, parts))
+
+
+def _cuda(found: Cuda) -> list[str]:
+    errors = [f"{name}: {error}" for name, error in found.errors.items()]
+    works = (
+        [f"CUDA {found.version}, compute capability {found.compute_capability}, runs a kernel"] if found.works else []
+    )
+    return [f"  {line}" for line in works + errors]
 
 
 def _limits(limits: Limits) -> str:

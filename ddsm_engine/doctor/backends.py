@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ddsm_engine.backends import BACKENDS, INSTALL, installed_backends
+from ddsm_engine.backends import BACKENDS, GPU_BACKENDS, INSTALL, installed_backends, is_installed
 from ddsm_engine.doctor.finding import Finding
 from ddsm_engine.doctor.libraries import Library
 from ddsm_engine.doctor.machine import Gpu, Limits
@@ -18,17 +19,24 @@ TIMEOUT_S = 120
 EXPORTERS = ("onnx", "onnxscript")
 """Without these torch exports nothing, and the run time needs none of it."""
 
+WITHOUT_A_GPU = ("tensorrt-rtx",)
+"""Of the backends for a GPU those that can do something where there is none: it builds."""
+
+PACKAGES = {"tensorrt-rtx": "tensorrt-rtx-cu13", "torch-compile": "torch"}
+"""What is installed for a backend, where it has another name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """What one installed backend can do here.
 
     Attributes:
-        name: One of ``backends.BACKENDS``.
-        works: It ran a model of one operator and gave the right numbers.
+        name: One of ``backends.BACKENDS`` or ``GPU_BACKENDS``.
+        works: It ran a model of one operator and gave the right numbers; TensorRT-RTX without a GPU: it built it.
         error: Why it does not work.
         device: The processor as the backend calls it.
-        offers: OpenVINO's capabilities, ONNX Runtime's providers, or the CUDA release that torch was built for.
+        offers: OpenVINO's capabilities, ONNX Runtime's providers, the CUDA release that torch was built for, or the
+            GPUs that TensorRT-RTX lists.
         auto_precision: What ``--precision auto`` takes.
         threads: What it starts without ``--threads``; None where that cannot be seen.
         cuda: It ran the model on CUDA, too.
@@ -46,19 +54,30 @@ class Backend:
     cuda_error: str = ""
 
 
-def read_backends() -> tuple[Backend, ...]:
-    """Probe every installed backend."""
-    return tuple(probe(name) for name in installed_backends())
+def read_backends(gpu: Gpu) -> tuple[Backend, ...]:
+    """Probe every installed backend that can do something here."""
+    found = [probe(name) for name in installed_backends()]
+    for name in filter(is_installed, GPU_BACKENDS if gpu.devices else WITHOUT_A_GPU):
+        # What torch cannot do, its compiler cannot either, and one line says so.
+        if name != "torch-compile" or any(backend.name == "torch" and backend.cuda for backend in found):
+            found.append(probe(name))
+    return tuple(found)
 
 
 def probe(name: str, *, search_path: Iterable[str | Path] | None = None, timeout_s: float = TIMEOUT_S) -> Backend:
-    """Run a model of one operator on one backend.
+    """Run a model of one operator on one backend; see ``ask``."""
+    answer = ask(name, search_path=search_path, timeout_s=timeout_s)
+    return Backend(name=name, **{**answer, "offers": tuple(answer.get("offers", ()))})
+
+
+def ask(name: str, *, search_path: Iterable[str | Path] | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    """Let ``doctor.probe`` try something, and return what it found, or why not as ``error``.
 
     It runs in a process of its own: a native library that does not fit the machine can end its process, or never
     return, and neither may end the doctor.
 
     Args:
-        name: One of ``backends.BACKENDS``.
+        name: What: a backend, or ``cuda``.
         search_path: Where that process looks for modules (default: where this one does).
         timeout_s: How long it may take.
     """
@@ -69,14 +88,14 @@ def probe(name: str, *, search_path: Iterable[str | Path] | None = None, timeout
             capture_output=True, text=True, check=False, timeout=timeout_s, env={**os.environ, "PYTHONPATH": folders},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Backend(name=name, error=f"no answer within {timeout_s:g} s")
+        return {"error": f"no answer within {timeout_s:g} s"}
     # A library may print lines of its own.
-    answers = [line for line in done.stdout.splitlines() if line.startswith('{"name": ')]
+    answers = [line for line in done.stdout.splitlines() if line.startswith('{"found": ')]
     if done.returncode == 0 and answers:
-        answer = json.loads(answers[-1])
-        return Backend(**{**answer, "offers": tuple(answer["offers"])})
+        found: dict[str, Any] = json.loads(answers[-1])["found"]
+        return found
     end = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
-    return Backend(name=name, error=": ".join([f"its process ended with {end}", *done.stderr.splitlines()[-1:]]))
+    return {"error": ": ".join([f"its process ended with {end}", *done.stderr.splitlines()[-1:]])}
 
 
 def check_backends(backends: Iterable[Backend], libraries: Iterable[Library], gpu: Gpu) -> Iterator[Finding]:
@@ -86,13 +105,22 @@ def check_backends(backends: Iterable[Backend], libraries: Iterable[Library], gp
         yield Finding("problem", f"one backend of {', '.join(BACKENDS)}", "none is installed", INSTALL["openvino"])
     for backend in backends:
         if not backend.works:
-            package = "onnxruntime-gpu" if "onnxruntime-gpu" in required else "onnxruntime"
-            package = package if backend.name == "onnxruntime" else backend.name
-            again = f"pip install --force-reinstall '{package}{required.get(package, '')}'"
+            again = _reinstall(backend, required)
             yield Finding("problem", f"{backend.name} runs a model of one operator", backend.error, again)
         elif backend.cuda_error and gpu.devices:
             again = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'ddsm-engine[gpu]'"
             yield Finding("problem", f"{backend.name} on {gpu.devices[0]}", backend.cuda_error, again)
+
+
+def _reinstall(backend: Backend, required: Mapping[str, str]) -> str:
+    if backend.name == "torch-compile" and "triton" in backend.error.lower():
+        return "pip install triton"
+    package = PACKAGES.get(backend.name, backend.name)
+    if backend.name == "onnxruntime" and "onnxruntime-gpu" in required:
+        package = "onnxruntime-gpu"
+    # On PyPI itself are stubs that fetch the libraries from NVIDIA's index.
+    index = "--extra-index-url https://pypi.nvidia.com " if package == "tensorrt" else ""
+    return f"pip install --force-reinstall {index}'{package}{required.get(package, '')}'"
 
 
 def check_gpu(gpu: Gpu, installed: Mapping[str, str]) -> Iterator[Finding]:
@@ -122,7 +150,7 @@ def check_gpu(gpu: Gpu, installed: Mapping[str, str]) -> Iterator[Finding]:
 def check_torch(
     backends: Iterable[Backend], libraries: Iterable[Library], installed: Mapping[str, str], gpu: Gpu
 ) -> Iterator[Finding]:
-    """Torch that nothing needs here, or gigabytes of CUDA where there is no GPU."""
+    """Torch that nothing needs here, gigabytes of CUDA where there is no GPU, or a GPU that torch cannot use."""
     if "torch" not in installed:
         return
     if not any(name in installed for name in EXPORTERS):
@@ -132,9 +160,17 @@ def check_torch(
             f"torch {installed['torch']}, of use only for training and as the reference backend",
             "pip uninstall -y torch",
         )
-    for_cuda = any(backend.name == "torch" and backend.offers for backend in backends)
+    torch = next((backend for backend in backends if backend.name == "torch" and backend.works), None)
+    for_cuda = torch is not None and torch.offers
+    required = next((library.required for library in libraries if library.name == "torch"), "")
+    if torch is not None and not for_cuda and gpu.devices:
+        yield Finding(
+            "note",
+            f"torch built for CUDA, for {gpu.devices[0]}",
+            f"torch {installed['torch']}, which runs on the CPU only",
+            f"pip install --force-reinstall --index-url https://download.pytorch.org/whl/cu130 'torch{required}'",
+        )
     if for_cuda and not gpu.devices:
-        required = next((library.required for library in libraries if library.name == "torch"), "")
         # Other packages need the nvidia- libraries only together with a GPU build.
         others = sorted(name for name in installed if name.startswith("nvidia-") or name == "triton")
         others = [] if "onnxruntime-gpu" in installed else others

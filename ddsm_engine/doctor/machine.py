@@ -52,10 +52,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """NVIDIA's driver and the GPUs that can be reached."""
+    """NVIDIA's driver, the GPUs that can be reached, and where any are on the PCI bus, with a driver or without."""
 
     driver: str = ""
     devices: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +157,14 @@ def read_gpu(root: Path, query: Callable[[], str] = query_nvidia_smi) -> Gpu:
     return Gpu(
         driver=rows[0][1] if rows else driver[1] if driver else "",
         devices=tuple(f"{name} ({memory})" for name, _, memory in rows) or tuple(nodes),
+        slots=tuple(
+            sorted(
+                slot.name
+                for slot in (root / "sys/bus/pci/devices").glob("*")
+                # NVIDIA's, and a display controller: its network cards and sound chips are others.
+                if _read(slot / "vendor") == "0x10de" and _read(slot / "class").startswith("0x03")
+            )
+        ),
     )
 
 

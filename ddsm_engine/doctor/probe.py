@@ -1,15 +1,19 @@
-"""``python -m ddsm_engine.doctor.probe BACKEND``: the process that imports a backend and runs one operator on it."""
+"""``python -m ddsm_engine.doctor.probe NAME``: the process that imports a backend and runs one operator on it.
 
+What a library prints, or how it ends its process, is then no concern of the doctor's.
+"""
+
+import importlib
+import io
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddsm_engine.backends.engine import Engine, EngineOptions
-from ddsm_engine.doctor.backends import Backend
 from ddsm_engine.errors import BackendError
 
 MODEL = Path(__file__).with_name("relu.onnx")
@@ -93,6 +97,91 @@ def torch() -> dict[str, Any]:
     }
 
 
+def tensorrt() -> dict[str, Any]:
+    """What TensorRT can do here: it is asked only where there is a GPU."""
+    return _tensorrt("tensorrt")
+
+
+def tensorrt_rtx() -> dict[str, Any]:
+    """What TensorRT-RTX can do here; it builds on a machine without a GPU, too."""
+    return _tensorrt("tensorrt-rtx")
+
+
+def _tensorrt(name: str) -> dict[str, Any]:
+    from ddsm_engine.backends import open_device
+    from ddsm_engine.backends.device import StagedEngine
+    from ddsm_engine.backends.tensorrt import TensorRTEngine, import_tensorrt
+    from ddsm_engine.backends.tensorrt_build import build_engine
+
+    trt = import_tensorrt(name)
+    listed = getattr(trt, "ComputeCapability", None)  # TensorRT-RTX's
+    kinds = [kind for kind in dir(listed) if kind.startswith("SM")]
+    found: dict[str, Any] = {"offers": sorted(kinds, key=lambda kind: int(kind[2:]))}
+    built = build_engine(trt, MODEL.read_bytes(), {"x": X.shape}, log=io.StringIO())
+    try:
+        device = open_device(name)
+        with device.current():
+            engine = TensorRTEngine(device, trt, built.engine, {"x": X.shape, "y": X.shape}, "fp32")
+        run_on(StagedEngine(device, engine))
+    except BackendError as error:
+        if name == "tensorrt":
+            raise
+        return found | {"cuda_error": str(error)}
+    return found | {"cuda": True, "device": device.properties.name}
+
+
+def torch_compile() -> dict[str, Any]:
+    """What torch's compiler can do here."""
+    import torch as library
+
+    x = library.from_numpy(X.copy()).to("cuda")
+    y = library.compile(library.relu)(x).cpu().numpy()
+    if not np.array_equal(y, RELU):
+        raise BackendError(f"Relu of {X.tolist()} came out as {y.tolist()}")
+    return {"cuda": True, "device": library.cuda.get_device_name()}
+
+
+DOUBLE = 'extern "C" __global__ void twice(float *x) { x[threadIdx.x] *= 2; }'
+
+
+def cuda() -> dict[str, Any]:
+    """What can be done with CUDA itself: its libraries one by one, then a kernel."""
+    errors: dict[str, str] = {}
+
+    def attempt(name: str, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever a broken installation raises is the answer
+            errors[name] = said(error)
+
+    attempt("pycuda", lambda: importlib.import_module("pycuda.driver"))
+    attempt("cuda-bindings", lambda: importlib.import_module("cuda.bindings.driver"))
+    if "cuda-bindings" not in errors:
+        attempt("nvrtc", lambda: importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion())
+    found: dict[str, Any] = {}
+    if not errors:
+        attempt("kernel", lambda: found.update(_kernel()))
+    return found | {"works": not errors, "errors": errors}
+
+
+def _kernel() -> Mapping[str, str]:
+    from ddsm_engine.backends.cuda import open_device
+
+    device = open_device()
+    gpu = device.properties
+    with device.current():
+        address = device.allocate(X.nbytes)
+        device.upload(address, X)
+        device.launch(DOUBLE, "twice", 1, X.size, address)
+        found = np.empty_like(X)
+        device.download(found, address)
+    device.close()
+    if not np.array_equal(found, 2 * X):
+        raise BackendError(f"twice {X.tolist()} came out as {found.tolist()}")
+    version = ".".join(str(part) for part in gpu.cuda)
+    return {"gpu": gpu.name, "compute_capability": gpu.compute_capability, "version": version}
+
+
 def _threads() -> int | None:
     try:
         return len(list(Path("/proc/self/task").iterdir()))
@@ -100,13 +189,24 @@ def _threads() -> int | None:
         return None
 
 
+def said(error: Exception) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+PROBES: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "openvino": openvino, "onnxruntime": onnxruntime, "torch": torch, "tensorrt": tensorrt,
+    "tensorrt-rtx": tensorrt_rtx, "torch-compile": torch_compile, "cuda": cuda,
+}  # fmt: skip
+
+
 def main(name: str) -> None:
-    """Probe one backend and print what was found as one line of JSON."""
+    """Try one thing and print what was found as one line of JSON."""
     try:
-        found = {"works": True, **{"openvino": openvino, "onnxruntime": onnxruntime, "torch": torch}[name]()}
+        found = {"works": True, **PROBES[name]()}
     except Exception as error:  # whatever a broken installation raises is the answer
-        found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    print(json.dumps(asdict(Backend(name=name, **found))), flush=True)  # noqa: T201 - the answer
+        found = {"error": said(error)}
+    print(json.dumps({"found": found}), flush=True)  # noqa: T201 - the answer
 
 
 if __name__ == "__main__":

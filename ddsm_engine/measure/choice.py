@@ -25,7 +25,7 @@ def fastest_backend(bundle: Bundle, calls: Sequence[str], options: EngineOptions
         Its name, or None unless every backend that could run here was measured with these options.
     """
     took_ms: dict[str, float] = {}
-    for name in artefact_backends():
+    for name in artefact_backends(options.device):
         try:
             target = engine_target(name, options, batch)
         except BackendError:

@@ -10,13 +10,21 @@ from ddsm_engine.measure.timing import time_in_turns
 SIZE = 2048
 
 
-def matmul_peak_gflops(precision: str = "fp32", threads: int = 0) -> float:
+def matmul_peak_gflops(precision: str = "fp32", threads: int = 0, device: str = "cpu") -> float:
     """Measured GFLOP/s of a large square matrix product.
 
     Args:
-        precision: ``fp32``, or ``bf16`` where OpenVINO computes in it.
+        precision: ``fp32``, or ``bf16`` where OpenVINO computes in it; on a GPU ``fp16``, too.
         threads: Threads; 0 leaves it to the library.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        BackendError: on a GPU, which torch measures: it is not installed, or sees none.
     """
+    if device == "cuda":
+        from ddsm_engine.measure.gpu.ceilings import matrix_product
+
+        return float(matrix_product(precision)["gflops_per_s"])
     calls: dict[str, Callable[[], object]] = {}
     has_openvino = importlib.util.find_spec("openvino") is not None
     # numpy takes every core, whatever is asked for.

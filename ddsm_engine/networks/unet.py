@@ -17,6 +17,14 @@ def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+class NormSwish(nn.GroupNorm):
+    """A group norm and the activation behind it: together, so that one kernel can take their place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        return swish(super().forward(x))
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, scaled by the square root of a head's channels; DDSM's has a single head."""
 
@@ -50,10 +58,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, time_dim: int, spec: UNetSpec, *, attention: bool) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(spec.groups, channels_in, eps=spec.norm_eps)
+        self.norm1 = NormSwish(spec.groups, channels_in, eps=spec.norm_eps)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time = nn.Linear(time_dim, channels_out)
-        self.norm2 = nn.GroupNorm(spec.groups, channels_out, eps=spec.norm_eps)
+        self.norm2 = NormSwish(spec.groups, channels_out, eps=spec.norm_eps)
         self.dropout = nn.Dropout(spec.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
@@ -61,8 +69,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time_projection: Tensor) -> Tensor:
         """[B, C_in, H, W] and the block's own time projection [B, C_out] → [B, C_out, H, W]."""
-        h = self.conv1(swish(self.norm1(x))) + time_projection[:, :, None, None]
-        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        h = self.conv1(self.norm1(x)) + time_projection[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h)))
         return self.attention(h + self.shortcut(x))
 
 
@@ -109,12 +117,12 @@ class Tail(nn.Module):
 
     def __init__(self, channels: int, spec: UNetSpec) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(spec.groups, channels, eps=spec.norm_eps)
+        self.norm = NormSwish(spec.groups, channels, eps=spec.norm_eps)
         self.conv = nn.Conv2d(channels, spec.channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, the sample's channels, H, W]."""
-        return self.conv(swish(self.norm(x)))
+        return self.conv(self.norm(x))
 
 
 class UNet(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ddsm_engine.bundle import (
     MANIFEST,
@@ -30,7 +30,7 @@ from ddsm_engine.spec import UNetSpec
 from ddsm_engine.strategy import Strategy
 from ddsm_export.checkpoints import Expert
 from ddsm_export.cost import count_cost
-from ddsm_export.onnx import DEFAULT_OPSET, onnx_from_subnetwork
+from ddsm_export.onnx import ArtefactPrecision, choose_opset, onnx_from_subnetwork
 from ddsm_export.parity import measure_parity
 from ddsm_export.supernet import Supernet, save_supernet, save_tensors
 
@@ -42,12 +42,12 @@ class ExportOptions:
     Attributes:
         widths: Channels of the first level, or None for every width among 2/8 … 8/8 that the spec allows.
         precision: Of the artefacts.
-        opset: ONNX opset.
+        opset: ONNX opset, or None for the one that fits the precision.
     """
 
     widths: Sequence[int] | None = None
-    precision: Literal["fp32", "fp16"] = "fp32"
-    opset: int = DEFAULT_OPSET
+    precision: ArtefactPrecision = "fp32"
+    opset: int | None = None
 
 
 def choose_widths(spec: UNetSpec, wanted: Sequence[int] | None) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ def _write_manifest(manifest: Manifest, folder: Path, options: ExportOptions) ->
     """Add when and with what the bundle was made."""
     made = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "opset": options.opset,
+        "opset": choose_opset(options.precision, options.opset),
         "versions": {name: version(name) for name in ("ddsm-engine", "torch", "onnx", "onnxscript")},
     }
     manifest = replace(manifest, provenance={**manifest.provenance, **made})
@@ -192,8 +192,9 @@ def _export_variant(supernet: Supernet, width: int, identifier: str, folder: Pat
     relative = f"variants/{identifier}/model.onnx"
     artefact = folder / relative
     artefact.parent.mkdir()
+    opset = choose_opset(options.precision, options.opset)
     network = subnetwork(spec, supernet.weights, width)
-    onnx_from_subnetwork(copy.deepcopy(network), artefact, precision=options.precision, opset=options.opset)
+    onnx_from_subnetwork(copy.deepcopy(network), artefact, precision=options.precision, opset=opset)
     parity = measure_parity(artefact, network, supernet.time_features, options.precision)
     cost = count_cost(spec, width)
     info = _file_info(folder, relative)

@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=Path, help="the bundle's folder (default: <name>.bundle)")
     p.add_argument("--weights", choices=("ema", "net"), default="ema", help="which weights of a checkpoint")
     p.add_argument("--widths", help="comma-separated, as channels (32,64) or eighths (2/8,4/8); default: all that work")
-    p.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the ONNX files")
-    p.add_argument("--opset", type=int, choices=range(17, 22), default=18)
+    p.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the ONNX files")
+    p.add_argument("--opset", type=int, choices=range(17, 23), help="17 to 21 (default: 18); 22 and only 22 with bf16")
     p.add_argument("--force", action="store_true", help="replace a bundle that exists")
     p.add_argument(
         "--to", nargs=2, metavar=("FORMAT", "DIR"),

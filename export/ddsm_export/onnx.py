@@ -2,14 +2,16 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ddsm_engine.bundle import denoiser_inputs, denoiser_outputs
+from ddsm_engine.errors import OutputError
+from ddsm_engine.networks.inference_form import InferenceForm
 from ddsm_engine.networks.unet import UNet
 
 OPSETS = range(17, 22)
@@ -18,69 +20,45 @@ OPSETS = range(17, 22)
 DEFAULT_OPSET = 18
 """The exporter's own: every other one is a conversion of it."""
 
+BF16_OPSET = 22
+"""The first in which a convolution may compute in bf16, and the only one that artefacts in bf16 are written in."""
 
-class _Float32Norm(nn.Module):
-    """A group norm whose statistics and affine stay in float32 inside a half-precision network."""
+ArtefactPrecision = Literal["fp32", "fp16", "bf16"]
 
-    def __init__(self, norm: nn.GroupNorm, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm, self.dtype = norm, dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.float()).to(self.dtype)
+DTYPES: Final[Mapping[ArtefactPrecision, torch.dtype]] = {
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
+"""What convolutions and attention of an artefact compute in."""
 
 
-class ExportForm(nn.Module):
-    """The sub-network as it is exported: the blocks' time projections in one product, and the precision in place.
+def choose_opset(precision: ArtefactPrecision, wanted: int | None) -> int:
+    """The opset of an artefact; None takes the one that fits its precision.
 
-    The time embedding and its projections (one linear a block) become three matrix products. In ``fp16`` the
-    convolutions and attention compute in half; norm statistics, the time embedding and the output convolution stay in
-    fp32, and so do the inputs and the output.
+    Raises:
+        OutputError: one in which ONNX does not allow this precision, or that not every backend takes.
     """
-
-    def __init__(self, unet: UNet, precision: Literal["fp32", "fp16"]) -> None:
-        """Take over ``unet``: its modules are changed in place."""
-        super().__init__()
-        blocks = unet.residual_blocks()
-        self.sizes = [block.time.out_features for block in blocks]
-        self.projection = nn.Linear(blocks[0].time.in_features, sum(self.sizes), device="meta")
-        self.projection.weight = nn.Parameter(torch.cat([block.time.weight for block in blocks]), requires_grad=False)
-        self.projection.bias = nn.Parameter(torch.cat([block.time.bias for block in blocks]), requires_grad=False)
-        self.time, self.unet = unet.time, unet
-        self.dtype = torch.float16 if precision == "fp16" else torch.float32
-        if precision == "fp16":
-            self._halve()
-
-    def _halve(self) -> None:
-        output = self.unet.tail.conv
-        for module in self.unet.modules():
-            if isinstance(module, nn.Conv2d) and module is not output:
-                module.half()
-        for owner in list(self.unet.modules()):
-            for name, child in list(owner.named_children()):
-                if isinstance(child, nn.GroupNorm) and not isinstance(owner, _Float32Norm):
-                    target = torch.float32 if owner is self.unet.tail else torch.float16
-                    setattr(owner, name, _Float32Norm(child, target))
-
-    def forward(self, sample: Tensor, time_features: Tensor) -> Tensor:
-        """[B, C, H, W] and [B, features], float32 → [B, C, H, W], float32."""
-        projections = self.projection(self.time(time_features)).to(self.dtype).split(self.sizes, dim=1)
-        return self.unet.denoise(sample.to(self.dtype), list(projections))
+    allowed = range(BF16_OPSET, BF16_OPSET + 1) if precision == "bf16" else OPSETS
+    if wanted is None:
+        return BF16_OPSET if precision == "bf16" else DEFAULT_OPSET
+    if wanted not in allowed:
+        found = " to ".join(str(opset) for opset in sorted({allowed[0], allowed[-1]}))
+        raise OutputError(f"files in {precision} are written in opset {found}, found {wanted}: leave --opset out")
+    return wanted
 
 
 def onnx_from_subnetwork(
-    unet: UNet, path: Path, *, precision: Literal["fp32", "fp16"] = "fp32", opset: int = DEFAULT_OPSET
+    unet: UNet, path: Path, *, precision: ArtefactPrecision = "fp32", opset: int = DEFAULT_OPSET
 ) -> None:
     """Write the ONNX file of one static sub-network.
 
     Args:
         unet: The sub-network; it is taken over and cannot be used afterwards.
         path: One file, weights included.
-        precision: ``fp16`` keeps fp32 islands, see ``ExportForm``.
-        opset: 17 to 21.
+        precision: ``fp16`` and ``bf16`` keep fp32 islands, see ``InferenceForm``.
+        opset: See ``choose_opset``.
     """
     spec = unet.spec
-    form = ExportForm(unet, precision).eval()
+    form = InferenceForm(unet, DTYPES[precision]).eval()
     write_onnx(
         form,
         (torch.zeros(2, *spec.sample_shape), torch.zeros(2, spec.time_features)),

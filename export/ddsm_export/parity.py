@@ -1,7 +1,9 @@
 """Is an exported file the network it was made from? Asked before the bundle that holds it is written."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from ddsm_engine import parity
 from ddsm_engine.backends import installed_backends
@@ -13,6 +15,14 @@ from ddsm_engine.networks.unet import UNet
 from ddsm_engine.time_table import TimeTable
 
 FP32 = EngineOptions(precision="fp32")
+
+CHECKED_BY: Final[Mapping[str, tuple[str, ...]]] = {
+    "fp32": ("onnxruntime", "openvino"),
+    "fp16": ("onnxruntime", "openvino"),
+    "bf16": ("openvino",),
+}
+"""By an artefact's precision, the backends that run it on a CPU. ONNX Runtime has no kernels for bf16 there; OpenVINO
+computes with the file's bf16 weights in fp32, which shows what rounding the weights does."""
 
 
 def measure_parity(artefact: Path, reference: UNet, table: TimeTable, precision: str) -> Parity:
@@ -28,11 +38,14 @@ def measure_parity(artefact: Path, reference: UNet, table: TimeTable, precision:
         The worst figures over the probes of ``ddsm_engine.parity``.
 
     Raises:
-        BackendError: no backend installed that runs ONNX, or a difference beyond the tolerance.
+        BackendError: no backend installed that runs it, or a difference beyond the tolerance.
     """
-    backend = next((b for b in ("onnxruntime", "openvino") if b in installed_backends()), None)
+    backend = next((b for b in CHECKED_BY[precision] if b in installed_backends()), None)
     if backend is None:
-        raise BackendError("an exported file must be compared before it is used: pip install 'ddsm-engine[cpu]'")
+        raise BackendError(
+            f"an exported file must be compared before it is used, and one in {precision} runs on "
+            f"{' or '.join(CHECKED_BY[precision])}: pip install 'ddsm-engine[cpu]'"
+        )
     probes = parity.make_probes(reference.spec, table)
     expected = parity.answer(lambda batch: TorchEngine(reference, FP32), probes)
     found = parity.answer(lambda batch: _open(backend, artefact, reference, batch), probes)

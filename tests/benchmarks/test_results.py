@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import (
     _report,
+    gpu_bundles,
     peers,
     robustness,
     samplers,
@@ -18,6 +19,7 @@ from benchmarks import (
     swap_cost,
 )
 from ddsm_engine.errors import OutputError
+from ddsm_engine.measure.gpu import suite
 
 ROOT = Path(__file__).parents[2]
 MODULES = (subnetwork_latency, strategy_latency, peers, swap_cost, samplers, search, scaling, robustness)
@@ -48,6 +50,16 @@ def test_a_result_is_committed_with_what_is_made_of_it(name: str) -> None:
         suffixes = [".md", *([".png"] if BENCHMARKS[name].draw else [])]
         assert all(path.with_suffix(suffix).is_file() for suffix in suffixes), path
         assert BENCHMARKS[name].details(_report.load(path, name)) in path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_show_what_a_gpu_reached_or_that_nothing_was_run_on_one() -> None:
+    results = [suite.load(path) for path in committed_results(gpu_bundles.NAME)]
+    newest = max(results, key=lambda result: str(result["environment"]["date"]), default=None)
+    blocks = gpu_bundles.blocks(newest)
+    assert _report.README in blocks
+    for readme, block in blocks.items():
+        found = _report.block_of(readme.read_text(encoding="utf-8"), gpu_bundles.NAME)
+        assert found == block, "python -m benchmarks.gpu_bundles --update-readme [FILE]"
 
 
 def test_a_result_is_only_gone_on_with_where_it_was_begun() -> None:

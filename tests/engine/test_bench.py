@@ -69,7 +69,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
             for v in variants
         ]  # fmt: skip
 
-    def peak(precision: str, threads: int) -> float:
+    def peak(precision: str, threads: int, device: str) -> float:
         asked.append(("peak", 0, precision, threads))
         return 50.0
 
@@ -276,7 +276,7 @@ def test_a_target_names_everything_that_a_time_depends_on(bundle: Bundle, backen
 
 
 def test_a_backend_that_is_not_installed_has_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddsm_engine.backends.installed_backends", lambda: ("onnxruntime",))
+    monkeypatch.setattr("ddsm_engine.backends.is_installed", lambda name: name == "onnxruntime")
     with pytest.raises(BackendError, match="torch is not installed"):
         engine_target("torch", EngineOptions(), 1)
 
@@ -284,7 +284,7 @@ def test_a_backend_that_is_not_installed_has_no_target(monkeypatch: pytest.Monke
 def test_a_real_measurement_passes_through_the_whole_command(
     bundle_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "matmul_peak_gflops", lambda precision, threads: 50.0)  # takes seconds, tested elsewhere
+    monkeypatch.setattr(bench, "matmul_peak_gflops", lambda *_: 50.0)  # takes seconds, tested elsewhere
     arguments = ["--backend", "onnxruntime", "--batch-size", "1", "--threads", "1", "--repeats", "1", "--json"]
     assert bench.main([str(bundle_path), *arguments]) == 0
     (table,) = json.loads(capsys.readouterr().out)["tables"]

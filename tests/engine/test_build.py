@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,6 +159,19 @@ def test_a_valid_engine_of_another_variant_is_not_taken(built: Path, caplog: pyt
     assert "built from another bundle or for another target" in caplog.text
 
 
+def test_several_batch_sizes_are_built_at_once(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.open(built)
+    monkeypatch.setattr(type(bundle), "variants", {bundle.full.id: bundle.full})
+    assert build.main([str(built), "--batch-size", "1,3,1"]) == 0
+    assert [line.split(";")[0].split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "1 engines for batch 1",
+        "1 engines for batch 3",
+    ]
+    assert len(list(engines_of(bundle))) == 7 + 2
+
+
 def test_without_the_user_s_key_nothing_is_loaded(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -215,13 +229,17 @@ def test_an_engine_that_changed_on_its_way_is_not_kept(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "at least one image"),
+        (["--batch-size", "0"], "whole numbers of at least 1, separated by commas, found --batch-size 0"),
+        (["--batch-size", "2,x"], "found --batch-size 2,x"),
         (["--precision", "bf16"], "has no bf16 arithmetic"),
+        (["--precision", "fp16"], "OpenVINO computes in fp32 or bf16"),
+        (["--backend", "tensorrt"], "the backend tensorrt is not installed"),
     ],
 )
 def test_what_cannot_be_built_is_refused(
     bundle_path: Path, refusal: Refusal, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     if "bf16" in arguments:
         from ddsm_engine.backends import openvino
 

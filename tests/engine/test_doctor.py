@@ -14,8 +14,11 @@ import pytest
 
 import ddsm_engine
 from ddsm_engine import doctor
+from ddsm_engine.backends import is_installed
 from ddsm_engine.doctor import Examination, backends, describe, libraries, machine
-from ddsm_engine.doctor.backends import Backend, probe
+from ddsm_engine.doctor import cuda as doctor_cuda
+from ddsm_engine.doctor.backends import Backend, ask, probe
+from ddsm_engine.doctor.cuda import Cuda, check_cuda, check_driver, read_cuda
 from ddsm_engine.doctor.finding import Finding
 from ddsm_engine.doctor.libraries import fits, read_libraries
 from ddsm_engine.doctor.machine import Cache, Gpu, Limits, Processor, read_cache, read_gpu, read_limits
@@ -436,11 +439,233 @@ def test_a_gpu_and_a_build_that_do_not_fit_are_noted(gpu: Gpu, package: str, rep
 
 def test_cuda_that_fails_is_a_problem_only_where_there_is_a_gpu() -> None:
     installed = {name: version for name, version in INSTALLED.items() if name != "onnxruntime"}
-    installed["onnxruntime-gpu"] = "1.31.1"
+    installed |= {"onnxruntime-gpu": "1.31.1", "pycuda": "2026.1", "cuda-bindings": "13.5.0"}
     broken = Backend(name="onnxruntime", works=True, cuda_error="libcudnn.so.9: cannot open")
     found = healthy(installed, backends=(broken,), gpu=Gpu(driver="580", devices=("H100",))).findings
     assert [(finding.severity, finding.found) for finding in found] == [("problem", "libcudnn.so.9: cannot open")]
     assert all(finding.severity == "note" for finding in healthy(installed, backends=(broken,)).findings)
+
+
+# --- the way to a GPU -------------------------------------------------------------------------------------------------
+
+A100 = Gpu(driver="580.65.06", devices=("NVIDIA A100",))
+ON_GPU = {name: version for name, version in INSTALLED.items() if name != "onnxruntime"} | {
+    "onnxruntime-gpu": "1.31.1", "tensorrt": "11.4.0.106", "pycuda": "2026.1", "cuda-bindings": "13.5.0",
+}  # fmt: skip
+RUNS = Cuda(works=True, gpu="NVIDIA A100", compute_capability="8.0", version="13.0")
+
+
+def on_gpu(installed: dict[str, str] | None = None, **changes: object) -> Examination:
+    """A machine with an A100 and nothing wrong."""
+    return healthy(ON_GPU if installed is None else installed, **{"gpu": A100, "cuda": RUNS, **changes})
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: version for name, version in ON_GPU.items() if name not in names}
+
+
+def test_a_machine_whose_gpu_works_has_no_finding() -> None:
+    assert on_gpu().findings == ()
+    assert "CUDA 13.0, compute capability 8.0, runs a kernel" in describe(on_gpu())
+
+
+NO_LIBCUDA = "ImportError: libcuda.so.1: cannot open shared object file: No such file or directory"
+UNDEFINED = "ImportError: _driver.cpython-311.so: undefined symbol: cuArrayCreate_v2"
+BUILD = "PATH=/usr/local/cuda/bin:$PATH pip install --no-cache-dir --no-binary pycuda"
+GAPS = {
+    "a GPU without a driver": (
+        {"gpu": Gpu(slots=("0000:3b:00.0",)), "cuda": Cuda(), "installed": INSTALLED},
+        ("problem", "0000:3b:00.0", "ubuntu-drivers install --gpgpu nvidia:580-server"),
+    ),
+    "libraries without a GPU": (
+        {"gpu": Gpu(), "cuda": Cuda(), "installed": INSTALLED | {"tensorrt": "11.4.0", "pycuda": "2026.1"}},
+        ("note", "of no use", "pip uninstall -y tensorrt pycuda"),
+    ),
+    "a driver before CUDA 13": (
+        {"gpu": replace(A100, driver="570.195.03")},
+        ("problem", "580 or newer: onnxruntime-gpu 1.31.1, cuda-bindings 13.5.0, tensorrt 11.4.0.106", "nvidia:580"),
+    ),
+    "pycuda is missing": ({"installed": without("pycuda")}, ("note", "memory and streams", f"{BUILD} 'pycuda>=")),
+    "cuda-bindings are missing": (
+        {"installed": without("cuda-bindings")}, ("note", "graphs", "pip install 'cuda-bindings>=13'"),
+    ),
+    "pycuda is linked without libcuda": (
+        {"cuda": Cuda(errors={"pycuda": UNDEFINED})},
+        ("problem", "cuArrayCreate_v2", f"LDFLAGS=-Wl,--no-as-needed {BUILD} --force-reinstall --no-deps"),
+    ),
+    "a container without the driver's libraries": (
+        {"cuda": Cuda(errors={"pycuda": NO_LIBCUDA})},
+        ("problem", "libcuda.so.1", "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility"),
+    ),
+    "another library that pycuda was built for": (
+        {"cuda": Cuda(errors={"pycuda": "ImportError: libcurand.so.10: cannot open"})},
+        ("problem", "libcurand.so.10", f"{BUILD} --force-reinstall"),
+    ),
+    "broken cuda-bindings": (
+        {"cuda": Cuda(errors={"cuda-bindings": "ImportError: nonsense"})},
+        ("problem", "nonsense", "pip install --force-reinstall 'cuda-bindings>=13'"),
+    ),
+    "NVRTC is missing": (
+        {"cuda": Cuda(errors={"nvrtc": "DynamicLibNotFoundError: libnvrtc.so"})},
+        ("problem", "libnvrtc", "pip install --upgrade nvidia-cuda-nvrtc"),
+    ),
+    "a kernel that does not run": (
+        {"cuda": Cuda(errors={"kernel": "BackendError: CUDA refused to start"})},
+        ("problem", "refused to start", "nvidia-smi"),
+    ),
+    "TensorRT's bindings without its libraries": (
+        {"backends": (Backend(name="tensorrt", error="ImportError: libnvinfer.so.11: cannot open"),)},
+        ("problem", "libnvinfer.so.11",
+         "pip install --force-reinstall --extra-index-url https://pypi.nvidia.com 'tensorrt'"),
+    ),
+    "TensorRT-RTX is broken": (
+        {"backends": (Backend(name="tensorrt-rtx", error="ImportError: no"),)},
+        ("problem", "no", "pip install --force-reinstall 'tensorrt-rtx-cu13'"),
+    ),
+    "triton is missing": (
+        {"backends": (Backend(name="torch-compile", error="TritonMissing: Cannot find a working triton"),)},
+        ("problem", "TritonMissing", "pip install triton"),
+    ),
+    "torch for the CPU": (
+        {"installed": ON_GPU | {"torch": "2.13.0+cpu", "onnx": "1.23"},
+         "backends": (Backend(name="torch", works=True),)},
+        ("note", "2.13.0+cpu", "--index-url https://download.pytorch.org/whl/cu130 'torch>=2.11,<2.14'"),
+    ),
+    "a GPU that TensorRT-RTX does not list": (
+        {"cuda": replace(RUNS, gpu="NVIDIA H100", compute_capability="9.0"),
+         "backends": (Backend(name="tensorrt-rtx", works=True, offers=("SM75", "SM80")),)},
+        ("note", "NVIDIA H100 (SM90)", "ddsm build --backend tensorrt BUNDLE"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "expected"), GAPS.values(), ids=GAPS)
+def test_each_gap_on_the_way_to_a_gpu_is_one_finding_with_its_repair(
+    changes: dict[str, object], expected: tuple[str, str, str]
+) -> None:
+    severity, words, repair = expected
+    finding = only(on_gpu(**changes))  # type: ignore[arg-type]
+    assert finding.severity == severity
+    assert words in finding.expected + finding.found
+    assert repair in finding.repair
+    assert "\n" not in finding.expected + finding.found + finding.repair
+
+
+@pytest.mark.parametrize(
+    ("driver", "installed", "expected"),
+    [
+        ("550.90.07", {"tensorrt": "10.13.2.6"}, ["note"]),
+        ("550.90.07", {"tensorrt": "11.4.0.106"}, ["problem"]),
+        ("570.195.03", {"tensorrt": "10.13.2.6"}, []),
+        ("570.195.03", {"nvidia-cublas": "13.0.2"}, ["problem"]),
+        ("580.65.06", {"tensorrt": "11.4.0.106"}, []),
+    ],
+)
+def test_a_driver_is_old_for_what_is_installed(driver: str, installed: dict[str, str], expected: list[str]) -> None:
+    found = list(check_driver(replace(A100, driver=driver), installed))
+    assert [finding.severity for finding in found] == expected
+    assert all(f"NVIDIA driver {driver}" in finding.found for finding in found)
+
+
+def test_a_gpu_that_tensorrt_rtx_lists_is_no_finding() -> None:
+    assert on_gpu(backends=(Backend(name="tensorrt-rtx", works=True, offers=("SM75", "SM80")),)).findings == ()
+
+
+def test_where_no_nvcc_is_found_a_broken_pycuda_says_so() -> None:
+    broken = Cuda(errors={"pycuda": "ImportError: no"})
+    found = {path: next(check_cuda(broken, A100, ON_GPU, path)).found for path in ("/usr/local/cuda/bin/nvcc", None)}
+    assert list(found.values()) == ["ImportError: no", "ImportError: no; no nvcc is on the PATH"]
+
+
+def test_what_nothing_asks_for_on_a_gpu_is_not_missing() -> None:
+    """Who installed nothing for the GPU is told of that by one note alone."""
+    assert [finding.repair for finding in healthy(gpu=A100).findings] == [
+        "pip uninstall -y onnxruntime && pip install 'ddsm-engine[gpu]'"
+    ]
+
+
+def test_cuda_is_tried_only_where_a_gpu_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [{"works": True, "gpu": "A100", "errors": {}}, {"error": "its process ended with SIGSEGV"}]
+    monkeypatch.setattr(doctor_cuda, "ask", lambda name, timeout_s: answers.pop(0))
+    assert read_cuda(Gpu(driver="580")) == Cuda()
+    assert read_cuda(A100) == Cuda(works=True, gpu="A100")
+    assert read_cuda(A100) == Cuda(errors={"kernel": "its process ended with SIGSEGV"})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "torch_on_cuda", "probed"),
+    [
+        (Gpu(), False, ["torch", "tensorrt-rtx"]),
+        (A100, False, ["torch", "tensorrt", "tensorrt-rtx"]),
+        (A100, True, ["torch", "tensorrt", "tensorrt-rtx", "torch-compile"]),
+    ],
+)
+def test_backends_for_a_gpu_are_probed_where_they_can_do_something(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu, torch_on_cuda: bool, probed: list[str]
+) -> None:
+    monkeypatch.setattr(backends, "installed_backends", lambda: ("torch",))
+    monkeypatch.setattr(backends, "is_installed", lambda _: True)
+    monkeypatch.setattr(backends, "probe", lambda name: Backend(name=name, works=True, cuda=torch_on_cuda))
+    assert [backend.name for backend in backends.read_backends(gpu)] == probed
+
+
+FAKE_CUDA = {
+    "nothing is installed": ({}, {"pycuda": "ModuleNotFoundError", "cuda-bindings": "ModuleNotFoundError"}),
+    "pycuda is badly linked": (
+        {"pycuda/driver.py": f"raise ImportError({UNDEFINED!r})", "cuda/bindings/driver.py": "",
+         "cuda/bindings/nvrtc.py": "nvrtcVersion = tuple"},
+        {"pycuda": "cuArrayCreate_v2"},
+    ),
+    "NVRTC is missing": (
+        {"pycuda/driver.py": "", "cuda/bindings/driver.py": "",
+         "cuda/bindings/nvrtc.py": "def nvrtcVersion(): raise RuntimeError('libnvrtc.so')"},
+        {"nvrtc": "RuntimeError: libnvrtc.so"},
+    ),
+    "the driver refuses": (
+        {"pycuda/driver.py": "class Error(Exception): pass\nclass MemoryError(Error): pass\n"
+                             "def init(): raise Error('cuInit failed: no CUDA-capable device is detected')",
+         "cuda/bindings/driver.py": "", "cuda/bindings/nvrtc.py": "nvrtcVersion = tuple"},
+        {"kernel": "no CUDA-capable device"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "expected"), FAKE_CUDA.values(), ids=FAKE_CUDA)
+def test_the_probe_of_cuda_names_the_library_that_fails(
+    tmp_path: Path, files: dict[str, str], expected: dict[str, str]
+) -> None:
+    tree(tmp_path, {"pycuda/__init__.py": "", "cuda/__init__.py": "", "cuda/bindings/__init__.py": ""} | files)
+    found = ask("cuda", search_path=[tmp_path, *sys.path])
+    assert not found["works"]
+    assert found["errors"].keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in found["errors"][name]
+
+
+@pytest.mark.skipif(not is_installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
+def test_tensorrt_rtx_builds_without_a_gpu_and_says_for_which_gpus() -> None:
+    found = probe("tensorrt-rtx")
+    assert found.works, found.error
+    assert "SM80" in found.offers
+    assert found.cuda or found.cuda_error
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "expected"),
+    [
+        ("0x10de", "0x030200", ("0000:3b:00.0",)),
+        ("0x10de", "0x030000", ("0000:3b:00.0",)),
+        ("0x10de", "0x040300", ()),
+        ("0x8086", "0x030000", ()),
+    ],
+    ids=["a data-centre GPU", "a display", "its sound chip", "another maker's"],
+)
+def test_a_gpu_on_the_bus_is_seen_without_a_driver(
+    tmp_path: Path, vendor: str, kind: str, expected: tuple[str, ...]
+) -> None:
+    slot = "sys/bus/pci/devices/0000:3b:00.0"
+    tree(tmp_path, {f"{slot}/vendor": f"{vendor}\n", f"{slot}/class": f"{kind}\n"})
+    assert read_gpu(tmp_path, str) == Gpu(slots=expected)
 
 
 def test_the_cache_is_measured_and_only_the_dead_leave_leftovers(tmp_path: Path) -> None:
@@ -474,6 +699,7 @@ def test_problems_come_before_notes() -> None:
 
 def test_the_doctor_itself_needs_no_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "installed_backends", tuple)
+    monkeypatch.setattr(backends, "is_installed", lambda _: False)
     monkeypatch.setattr(libraries, "installed_versions", lambda: {"ddsm-engine": ddsm_engine.__version__})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "query_nvidia_smi", str)

@@ -348,3 +348,50 @@ def test_a_bundle_that_was_moved_is_whole(exported: Path, tmp_path: Path) -> Non
     bundle = Bundle.open(moved)
     assert all(bundle.artefact(v).is_file() for v in bundle.variants.values())
     assert bundle.weights(bundle.full).is_file()
+
+
+# --- precision and opset ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "opset"),
+    [
+        ("fp32", [], 18),
+        ("fp16", [], 18),
+        ("fp32", ["--opset", "21"], 21),
+        ("bf16", [], 22),
+        ("bf16", ["--opset", "22"], 22),
+    ],
+)
+def test_the_opset_follows_the_precision(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_export: list[int],
+    precision: str,
+    options: list[str],
+    opset: int,
+) -> None:
+    asked: list[tuple[object, object]] = []
+
+    def export(unet: Any, path: Path, *, precision: str, opset: int) -> None:
+        asked.append((precision, opset))
+        path.write_bytes(b"no network")
+
+    monkeypatch.setattr("ddsm_export.bundling.onnx_from_subnetwork", export)
+    source = save(checkpoint(SMALL), tmp_path)
+    arguments = [str(source), *SMALL_ROUNDING, "--widths", "2/8", "--precision", precision, *options]
+    assert main(arguments) == 0
+    assert asked == [(precision, opset)]
+    manifest = Bundle.open(tmp_path / "ckpt.bundle").manifest
+    assert (manifest.variants[0].precision, manifest.provenance["opset"]) == (precision, opset)
+
+
+@pytest.mark.parametrize(("precision", "opset", "allowed"), [("bf16", "18", "22"), ("fp16", "22", "17 to 21")])
+def test_an_opset_without_the_precision_is_refused(
+    tmp_path: Path, refusal: Refusal, no_export: list[int], precision: str, opset: str, allowed: str
+) -> None:
+    source = save(checkpoint(SMALL), tmp_path)
+    message = refusal(main, source, *SMALL_ROUNDING, "--precision", precision, "--opset", opset)
+    assert f"files in {precision} are written in opset {allowed}, found {opset}: leave --opset out" in message
+    assert no_export == []
+    assert not (tmp_path / "ckpt.bundle").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import ddsm_engine.backends
 from ddsm_engine import run
@@ -17,8 +18,12 @@ from ddsm_engine.backends.device import StagedEngine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.backends.torch import network_from_weights
 from ddsm_engine.bundle import Bundle, Variant
+from ddsm_engine.device_scheduler import DeviceScheduler
 from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.latency import measure_latency
+from ddsm_engine.noise import SeededNoise
 from ddsm_engine.pipeline import Pipeline
+from ddsm_engine.plan import Plan
 from tests.conftest import Refusal
 from tests.gpu.fake import FakeDevice, FakeEngine
 
@@ -191,3 +196,33 @@ def test_a_gpu_that_is_not_there_is_one_line(bundle_path: Path, refusal: Refusal
 def test_an_engine_opened_alone_closes_its_stream(bundle: Bundle, devices: list[FakeDevice]) -> None:
     open_engine("torch", bundle, bundle.full, 1, CUDA).close()
     assert len(devices) == 1
+
+
+def test_the_calls_of_a_latency_table_are_timed_in_one_run(
+    bundle: Bundle, devices: list[FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took_us = {variant.id: 100 + 10 * number for number, variant in enumerate(bundle.manifest.variants)}
+    swap_us = 7
+    plans: list[Plan] = []
+
+    class Clocked(DeviceScheduler):
+        """Lets calls take what they should, and a call after another variant's longer."""
+
+        def run(self, plan: Plan, noise: SeededNoise, **options: Any) -> NDArray[np.int64]:
+            super().run(plan, noise, **options)
+            assert np.isfinite(self.x).all()
+            plans.append(plan)
+            before = ("", *plan.variants[:-1])
+            us = [took_us[v] + swap_us * (v != b) for v, b in zip(plan.variants, before, strict=True)]
+            ends = 1000 * np.cumsum([5, *us])
+            return np.stack([ends[:-1], ends[1:]], axis=1)
+
+    monkeypatch.setattr("ddsm_engine.measure.latency.DeviceScheduler", Clocked)
+    rows = measure_latency(bundle, bundle.manifest.variants, "torch", 2, CUDA, repeats=9)
+    for row in rows:
+        assert row.timing.median_ms == pytest.approx(took_us[row.variant.id] / 1e3)
+        assert row.timing.swap_ms == pytest.approx(swap_us / 1e3)
+        assert row.timing.repeats == 9
+    (plan,) = plans
+    assert plan.variants[::2] == plan.variants[1::2], "turns of two"
+    assert plan.variants[:14] != plan.variants[14:28], "shuffled"

@@ -1,0 +1,1 @@
+"""``ddsm bench --suite gpu``: what a GPU makes of the engines, one small module per question."""
