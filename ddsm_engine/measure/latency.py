@@ -111,7 +111,7 @@ def time_on_device(
     with closing(DeviceScheduler(device, shape)) as scheduler:
         for variant, engine in engines.items():
             scheduler.add(variant, engine.engine, bundle.spec(bundle.variants[variant]).time_features)
-        clock = scheduler.run(_standing_still(bundle, calls), SeededNoise(0))
+        clock = scheduler.run(standing_still(bundle, calls), SeededNoise(0))
     took_ms = (clock[:, 1] - clock[:, 0]) / 1e6
     timings = {}
     for variant in engines:
@@ -122,12 +122,12 @@ def time_on_device(
     return timings
 
 
-def _standing_still(bundle: Bundle, variants: Sequence[str]) -> Plan:
-    """A run at the middle timestep whose updates leave the sample as it is."""
+def standing_still(bundle: Bundle, variants: Sequence[str], *, noise: float = 0.0) -> Plan:
+    """A run at the middle timestep whose updates leave the sample as it is, but for so much fresh noise."""
     middle, tables = bundle.manifest.spec.timesteps // 2, bundle.time_tables()
     features = {variant: tables[variant][[middle]][0] for variant in set(variants)}
     update = np.zeros((len(variants), 1, 4), np.float32)
-    update[:, 0, 0] = 1
+    update[:, 0, 0], update[:, 0, -1] = 1, noise
     return Plan(
         sampler="none",
         variants=tuple(variants),

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from ddsm_engine.measure.gpu import (
     answers,
     ceilings,
     device_timing,
+    kernels,
     machine,
     memory,
     peers,
@@ -594,7 +596,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(here: Any, bundle_pa
         one_row(name, file, seconds)
         return "expected a loop, found none" if name == "peers" else None
 
-    with pytest.raises(BackendError, match="1 of 10 parts failed: peers; run it again for these"):
+    with pytest.raises(BackendError, match="1 of 11 parts failed: peers; run it again for these"):
         run(bundle_path, output, measure)
     statuses = {name: part["status"] for name, part in suite.load(output)["parts"].items()}
     assert statuses == {name: "failed" if name == "peers" else "done" for name in PARTS}
@@ -795,3 +797,53 @@ def test_the_command_passes_the_parts_on(
     assert bench.main([str(bundle_path), "--suite", "gpu", "-o", str(output), "--part", "peers", "memory"]) == 0
     assert f"written: {output}" in capsys.readouterr().out
     assert [name for name, part in suite.load(output)["parts"].items() if part["rows"]] == ["peers", "memory"]
+
+
+# --- our own kernels --------------------------------------------------------------------------------------------------
+
+
+def test_the_update_is_timed_behind_a_network_that_does_nothing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "open_device", lambda backend: FakeDevice())
+    row = kernels.update_alone(bundle, 3)
+    assert row["median_ms"] == pytest.approx(1e-3), "the invented clock's microsecond a call"
+    values = 3 * np.prod(bundle.manifest.spec.sample_shape)
+    assert row["bytes"] == 16 * values
+    assert row["gb_per_s"] == pytest.approx(16 * values / 1e-3 / 1e6)
+
+
+def test_a_profile_names_the_dearest_kernels_first() -> None:
+    events = [SimpleNamespace(key=f"k{us}", count=2, self_device_time_total=us) for us in (0.0, 3.0, 9.0, 1.0)]
+
+    @contextmanager
+    def profile(activities: Sequence[str]) -> Iterator[Any]:
+        assert activities == ["gpu"]
+        yield SimpleNamespace(key_averages=lambda: events)
+
+    ran: list[int] = []
+    torch = SimpleNamespace(
+        profiler=SimpleNamespace(profile=profile, ProfilerActivity=SimpleNamespace(CUDA="gpu")),
+    )
+    rows = kernels.profiled(torch, SimpleNamespace(run=lambda: ran.append(1)))  # type: ignore[arg-type]
+    assert [(row["name"], row["launches"], row["us"]) for row in rows] == [
+        ("k9.0", 2, 9),
+        ("k3.0", 2, 3),
+        ("k1.0", 2, 1),
+    ]
+    assert ran == [1]
+
+
+def test_a_fused_norm_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("ddsm_kernels.group_norm_silu", reason="needs Triton")
+    monkeypatch.setattr(kernels, "cuda_torch", lambda: torch)
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "time_events", lambda call: Timing(0.5, 0.5, 0.5, 1))
+    right = fused.group_norm_silu_reference
+    monkeypatch.setattr(fused, "group_norm_silu", right)
+    row = kernels.fused_norm((2, 32, 8, 8))
+    assert row["bytes"] == 2 * 2 * 32 * 64 * 2
+    assert row["gb_per_s"] == pytest.approx(row["bytes"] / 0.5 / 1e6)
+    monkeypatch.setattr(fused, "group_norm_silu", lambda x, groups, *rest: right(x, groups // 2, *rest))
+    with pytest.raises(BackendError, match="fused norm differs from torch's"):
+        kernels.fused_norm((2, 32, 8, 8))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from ddsm_engine.measure.gpu import ceilings, memory, peers, strategies, subnetworks
+from ddsm_engine.measure.gpu import ceilings, kernels, memory, peers, strategies, subnetworks
 from ddsm_engine.measure.gpu.strategies import Setting
 from ddsm_engine.measure.gpu.work import Work
 
@@ -30,11 +30,12 @@ STAND_INS: Final = Setting(size=64, batch=256, calls=60, seconds=8.0)
 PARTS: Final[Mapping[str, Part]] = {
     "ceilings": Part(10, ceilings.measure_ceilings),
     "kernel-floor": Part(8, ceilings.measure_kernel_floor),
-    "strategies-b1": Part(130, partial(strategies.measure, setting=AT_BATCH_1)),
+    "strategies-b1": Part(115, partial(strategies.measure, setting=AT_BATCH_1)),
     "strategies-b256": Part(120, partial(strategies.measure, setting=AT_BATCH_256)),
     "strategies-64-b256": Part(100, partial(strategies.measure, setting=STAND_INS)),
     "peers": Part(100, peers.measure),
     "memory": Part(35, memory.measure),
+    "kernels": Part(15, kernels.measure),
     "subnetworks-32": Part(35, partial(subnetworks.measure, size=32)),
     "subnetworks-64": Part(10, partial(subnetworks.measure, size=64)),
     "subnetworks-128": Part(12, partial(subnetworks.measure, size=128)),
