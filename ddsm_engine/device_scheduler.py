@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddsm_engine.backends.device import Captured, Device, DeviceEngine, Graph
+from ddsm_engine.backends.device import Block, Captured, Device, DeviceEngine, Graph
 from ddsm_engine.errors import BackendError
 from ddsm_engine.noise import PER_CALL, SeededNoise
 from ddsm_engine.plan import Plan
@@ -72,11 +72,11 @@ class DeviceScheduler:
         self._graphs = _Graphs()
         self._owned: list[int] = []
         self._tables: _Tables | None = None
+        # What plans need more or less of: slots of the state, columns of time features.
+        self._slots, self._feature_buffer = Block(device), Block(device)
         with device.current():
-            self._slots = self._allocate(update.MAX_SLOTS * self.x.nbytes)
             self._output = self._allocate(self.x.nbytes)
             self._run, self._state = self._allocate(update.RUN.itemsize), self._allocate(update.STATE.itemsize)
-            self._feature_buffer, self._feature_count = 0, 0
             self._flags, self._flags_address = device.shared(2)
             source = update.source(with_loop=device.properties.cuda >= LOOP_CUDA)
             blocks = update.blocks(len(self.x), self.x[0].size)
@@ -139,9 +139,11 @@ class DeviceScheduler:
             self._forget()
             if self._tables is not None:
                 self._tables.free(self.device)
-            for address in [*self._owned, *([self._feature_buffer] if self._feature_buffer else [])]:
+            for address in self._owned:
                 self.device.free(address)
-            self._owned, self._tables, self._feature_buffer = [], None, 0
+            self._slots.free()
+            self._feature_buffer.free()
+            self._owned, self._tables = [], None
 
     # --- the ways -----------------------------------------------------------------------------------------------------
 
@@ -205,9 +207,6 @@ class DeviceScheduler:
 
     def _try(self, variants: Iterable[str]) -> None:
         """Call every engine once, as they must be before they are captured."""
-        if self._graphs.scratch != self.device.scratch.address:  # graphs know where it was
-            self._forget()
-            self._graphs.scratch = self.device.scratch.address
         for variant in variants:
             if variant not in self._graphs.answers:
                 self._graphs.answers[variant] = self._answer(variant, self.engines[variant].enqueue)
@@ -254,15 +253,17 @@ class DeviceScheduler:
 
     def _place(self, plan: Plan) -> None:
         """Give every engine the common addresses; others may have used it elsewhere since."""
-        widest = max(self._features.values())
-        if widest > self._feature_count:
-            self.device.synchronize()
+        self._slots.reserve(plan.update.shape[1] * self.x.nbytes)
+        self._feature_buffer.reserve(4 * len(self.x) * max(self._features.values()))
+        places = self.device.scratch.address, self._slots.address, self._feature_buffer.address
+        if places != self._graphs.places:  # graphs know where these were
             self._forget()
-            if self._feature_buffer:
-                self.device.free(self._feature_buffer)
-            self._feature_buffer, self._feature_count = 0, 0
-            self._feature_buffer, self._feature_count = self.device.allocate(4 * len(self.x) * widest), widest
-        addresses = {"sample": self._slots, "time_features": self._feature_buffer, "out_sample": self._output}
+            self._graphs.places = places
+        addresses = {
+            "sample": self._slots.address,
+            "time_features": self._feature_buffer.address,
+            "out_sample": self._output,
+        }
         for variant in _used(plan):
             self.engines[variant].place(addresses)
 
@@ -272,8 +273,8 @@ class DeviceScheduler:
         Raises:
             BackendError: it left the output as it was, or wrote what is not finite.
         """
-        self.device.fill(self._slots, self.x.nbytes, 0)
-        self.device.fill(self._feature_buffer, 4 * len(self.x) * self._feature_count, 0)
+        self.device.fill(self._slots.address, self.x.nbytes, 0)
+        self.device.fill(self._feature_buffer.address, self._feature_buffer.size_bytes, 0)
         self.device.fill(self._output, self.x.nbytes, 0xFF)  # NaN
         enqueue()
         output = np.empty_like(self.x)
@@ -325,7 +326,8 @@ class DeviceScheduler:
         for name, value in tables.addresses.items():
             run[name] = value
         run["seed"], run["first_image"] = noise.seed, noise.first_image
-        run["slots"], run["output"], run["features"] = self._slots, self._output, self._feature_buffer
+        run["slots"], run["features"] = self._slots.address, self._feature_buffer.address
+        run["output"] = self._output
         run["state"], run["progress"], run["stop"] = self._state, self._flags_address, self._flags_address + 4
         run["images"], run["elements"] = len(self.x), self.x[0].size
         run["slot_count"], run["calls"] = plan.update.shape[1], len(plan.variants)
@@ -344,7 +346,7 @@ class DeviceScheduler:
         ends = np.zeros(len(plan.variants) + 1, np.uint64)
         self.device.download(state, self._state)
         self.device.download(ends, tables.addresses["clock"])
-        self.device.download(self.x, self._slots)
+        self.device.download(self.x, self._slots.address)
         if int(state["next"][0]) != len(ends):
             raise BackendError(f"the run ended after {int(state['next'][0]) - 1} of {len(plan.variants)} calls")
         bad = int(state["first_bad"][0])
@@ -385,7 +387,7 @@ class _Graphs:
         calls: Variant → its call with the update, ready to be launched; ``""`` is the update alone.
         runs: Whole runs by way and variants, with the handles of a loop.
         refused: Ways that did not work.
-        scratch: Where the engines' scratch was.
+        places: Where the engines' scratch, the slots and the features were.
     """
 
     answers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -393,7 +395,7 @@ class _Graphs:
     calls: dict[str, Graph] = field(default_factory=dict)
     runs: dict[tuple[str, ...], tuple[Graph, tuple[int, int] | None]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
-    scratch: int = 0
+    places: tuple[int, ...] = ()
 
     def close(self) -> None:
         """Release the graphs."""

@@ -16,7 +16,7 @@ import pycuda.driver as drv
 from cuda.bindings import driver, nvrtc
 from numpy.typing import NDArray
 
-from ddsm_engine.backends.device import Captured, DeviceProperties, Loop, Scratch
+from ddsm_engine.backends.device import Block, Captured, DeviceProperties, Loop
 from ddsm_engine.errors import BackendError
 from ddsm_engine.untrusted import one_line
 
@@ -131,7 +131,7 @@ class CudaDevice:
 
     def __init__(self, ordinal: int = 0) -> None:
         self.properties = properties(ordinal)
-        self.scratch = Scratch(self)
+        self.scratch = Block(self)
         self._memory: dict[int, Any] = {}
         self._pinned: list[Any] = []
         self._kernels: dict[tuple[str, str], Any] = {}

@@ -99,7 +99,7 @@ class Device(Protocol):
         ...
 
     @property
-    def scratch(self) -> "Scratch":
+    def scratch(self) -> "Block":
         """The block that all engines on this stream share."""
         ...
 
@@ -167,10 +167,10 @@ class Device(Protocol):
         ...
 
 
-class Scratch:
-    """One block of device memory for what engines need only while they run: as large as the largest of them needs.
+class Block:
+    """Device memory as large as the largest of those that share it ask for.
 
-    The engines of a device run one after the other on its stream, so they can share it.
+    What engines only need while they run is one: those of a device run one after the other on its stream.
     """
 
     def __init__(self, device: Device) -> None:
@@ -184,12 +184,16 @@ class Scratch:
     def address(self) -> int:
         """Where it is now; engines and graphs that were given another address must be given this one."""
         if self._allocated < self.size_bytes:
-            if self._address:
-                self._device.synchronize()
-                self._device.free(self._address)
-            self._address, self._allocated = 0, 0
+            self.free()
             self._address, self._allocated = self._device.allocate(self.size_bytes), self.size_bytes
         return self._address
+
+    def free(self) -> None:
+        """Give it back when all work is done; its next use allocates it anew."""
+        if self._allocated:
+            self._device.synchronize()
+            self._device.free(self._address)
+            self._address, self._allocated = 0, 0
 
 
 class DeviceEngine(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddsm_engine.backends.device import ALIGNMENT, NO_BODY, Captured, Device, DeviceProperties, Loop, Scratch
+from ddsm_engine.backends.device import ALIGNMENT, NO_BODY, Block, Captured, Device, DeviceProperties, Loop
 from ddsm_engine.errors import BackendError
 from ddsm_engine.noise import SeededNoise
 from ddsm_kernels import update
@@ -66,7 +66,7 @@ class FakeDevice:
         kernels: Mapping[str, Kernel] | None = None,
     ) -> None:
         self.properties, self.refuses, self.stream = properties, set(refuses), 0x5
-        self.scratch = Scratch(self)
+        self.scratch = Block(self)
         self.launches = self.synchronizations = 0
         self.conditions: dict[int, int] = {}
         self._kernels = dict(kernels or {update.KERNEL: update_kernel})
