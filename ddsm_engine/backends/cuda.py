@@ -312,15 +312,20 @@ def compile_cuda(source: str, compute_capability: str) -> bytes:
         (error,) = nvrtc.nvrtcCompileProgram(program, 1, [architecture.encode()])
         if error != success:
             _, length = nvrtc.nvrtcGetProgramLogSize(program)
-            said = b" " * length
+            said = _room(length)
             nvrtc.nvrtcGetProgramLog(program, said)
             words = " ".join(said.decode(errors="replace").strip(" \0").split())[:300]
             raise BackendError(
                 f"NVRTC cannot compile for compute capability {compute_capability}: {words or error.name}"
             )
         _, length = nvrtc.nvrtcGetCUBINSize(program)
-        binary: bytes = b" " * length
+        binary = _room(length)
         nvrtc.nvrtcGetCUBIN(program, binary)
-        return binary
+        return binary[:length]
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _room(length: int) -> bytes:
+    """Bytes that NVRTC may write to; one more than asked for, as Python has a single object for each single byte."""
+    return b" " * (length + 1)

@@ -65,6 +65,11 @@ def main() -> dict[str, object]:
             device.capture(_fail)
         except ZeroDivisionError:
             said["after an error"] = device.capture(lambda: launch("second")).nodes
+        try:
+            device.launch('extern "C" __global__ void wrong() { nothing(); }', "wrong", 1, 1, address)
+        except BackendError as error:
+            said["mistake"] = str(error)
+        said["bytes"] = list(bytes(range(256)).hex(" ").encode()[2::3])[:1] + [ord(b" "), b"\0"[0]]
         said["launched"] = library.fake_launched().decode()
         del one, two, empty, chain, loop, graph
         gc.collect()

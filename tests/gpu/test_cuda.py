@@ -59,6 +59,10 @@ def test_memory_kernels_and_graphs(library_folder: Path) -> None:
     assert said["handles"][0] != said["handles"][1]
     assert said["launched"] == "first[(first)>(second>first)>(first)]"
     assert said["after an error"] == 1
+    assert (
+        'NVRTC cannot compile for compute capability 9.0: kernel.cu(1): error: identifier "nothing"' in said["mistake"]
+    )
+    assert said["bytes"] == [32, 32, 0], "what NVRTC writes to is nobody else's"
     assert said["alive"] == [0, 0]
     assert said["blocks left"] == 0
 
