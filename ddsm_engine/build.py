@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from ddsm_engine.backends import open_device
 from ddsm_engine.backends.device import Device, StagedEngine
-from ddsm_engine.backends.engine import PRECISIONS, Engine, EngineOptions
+from ddsm_engine.backends.engine import PRECISIONS, Engine, EngineOptions, artefact_precision
 from ddsm_engine.backends.tensorrt import (
     LIBRARIES,
     TensorRTEngine,
     built_target,
     import_tensorrt,
-    resolve_precision,
     shapes_at,
 )
 from ddsm_engine.backends.tensorrt_build import Built, build_engine
@@ -131,7 +130,7 @@ def build_ahead(bundle: Bundle, name: str, batches: Sequence[int], options: Engi
         OutputError: there is nowhere to keep engines.
     """
     trt = import_tensorrt(name)
-    precisions = {variant.id: resolve_precision(options, variant) for variant in bundle.variants.values()}
+    precisions = {variant.id: artefact_precision(options, variant) for variant in bundle.variants.values()}
     device = open_gpu(name)
     try:
         for batch in batches:

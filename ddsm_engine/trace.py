@@ -24,7 +24,8 @@ class TraceSegment:
         calls: How many.
         latency_ms: From the first call's start to the last call's end, updates between them included.
         swap_ms: From the end of the previous segment's last call to the start of this one's first: the host's update
-            and the change of engine. 0 for the first segment of a batch.
+            and the change of engine. 0 for the first segment of a batch, and where the host has no part in the run:
+            calls are then timed from update to update, and a swap is part of the call that follows it.
     """
 
     batch: int

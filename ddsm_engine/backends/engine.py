@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from ddsm_engine.bundle import Variant
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores, cpu
@@ -58,6 +59,20 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release everything; the engine cannot be used again."""
         ...
+
+
+def artefact_precision(options: EngineOptions, variant: Variant) -> str:
+    """What a library computes in that takes the precision from the artefact, as all do on a GPU.
+
+    Raises:
+        BackendError: another one was asked for.
+    """
+    if options.precision not in ("auto", variant.precision):
+        raise BackendError(
+            f"on a GPU an artefact computes in what it was exported in, {variant.precision} for {variant.id}, found "
+            f"--precision {options.precision}; export the bundle with --precision {options.precision}"
+        )
+    return variant.precision
 
 
 def describe_target(backend: str, version: str, precision: str, options: EngineOptions, batch: int) -> Target:

@@ -19,7 +19,7 @@ from ddsm_engine.backends.onnxruntime import LOAD_ERRORS, check_shapes, provider
 import onnxruntime as ort
 
 from ddsm_engine.backends.device import Device, DeviceProperties
-from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends.engine import EngineOptions, artefact_precision
 from ddsm_engine.bundle import Variant
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
@@ -31,27 +31,13 @@ GPU = 0
 """Which of those that ``CUDA_VISIBLE_DEVICES`` leaves: the device's."""
 
 MOST_GRAPHS = 8
-"""Sets of addresses whose graphs a session keeps: a run uses as many as its state has slots; the oldest goes first."""
+"""Sets of addresses whose graphs a session keeps; the oldest goes first."""
 
 NO_GRAPH = -1
 """The number of a call that neither captures nor launches a graph; 0 is the library's own."""
 
 BATCH_AXIS = "batch"
 """What artefacts call the dimension that they leave open."""
-
-
-def resolve_precision(options: EngineOptions, variant: Variant) -> str:
-    """What an engine computes in: what its artefact does.
-
-    Raises:
-        BackendError: another one was asked for.
-    """
-    if options.precision not in ("auto", variant.precision):
-        raise BackendError(
-            f"ONNX Runtime computes on a GPU in what a bundle was exported in, {variant.precision} for {variant.id}, "
-            f"found --precision {options.precision}; export the bundle with --precision {options.precision}"
-        )
-    return variant.precision
 
 
 def target(options: EngineOptions, batch: int, gpu: DeviceProperties) -> Target:
@@ -95,7 +81,7 @@ class OnnxRuntimeCudaEngine:
         Raises:
             BackendError: the installed library has no CUDA, the precision is not the file's, or it does not load.
         """
-        self.precision = resolve_precision(options, variant)
+        self.precision = artefact_precision(options, variant)
         self._provider = provider_of("cuda")
         self._device, self._model, self._batch = device, model, batch
         self._inputs = {tensor.name: tensor.at_batch(batch) for tensor in variant.inputs}

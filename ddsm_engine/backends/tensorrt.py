@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from ddsm_engine.backends import INSTALL, MODULES
 from ddsm_engine.backends.device import Device, DeviceProperties
-from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends.engine import EngineOptions, artefact_precision
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import EngineCache, Target
 from ddsm_engine.errors import BackendError
@@ -110,20 +110,6 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))[:300]
 
 
-def resolve_precision(options: EngineOptions, variant: Variant) -> str:
-    """What an engine computes in: what its artefact does.
-
-    Raises:
-        BackendError: another one was asked for.
-    """
-    if options.precision not in ("auto", variant.precision):
-        raise BackendError(
-            f"TensorRT computes in what a bundle was exported in, {variant.precision} for {variant.id}, found "
-            f"--precision {options.precision}; export the bundle with --precision {options.precision}"
-        )
-    return variant.precision
-
-
 def built_target(name: str, precision: str, batch: int, gpu: DeviceProperties | None) -> Target:
     """What an engine is built for and found by; the variant's own facts are in its seal.
 
@@ -167,7 +153,7 @@ def open_tensorrt(
     Raises:
         BackendError: there is none, it is damaged or another's, or the library refuses it.
     """
-    precision = resolve_precision(options, variant)
+    precision = artefact_precision(options, variant)
     trt = import_tensorrt(name)
     cache = EngineCache(bundle, built_target(name, precision, batch, device.properties))
     again = f"`ddsm build {bundle.path} --backend {name} --batch-size {batch}`"

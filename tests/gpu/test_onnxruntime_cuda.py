@@ -19,12 +19,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ddsm_engine.backends import open_engine
 from ddsm_engine.backends.device import StagedEngine
-from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends.engine import EngineOptions, artefact_precision
 from ddsm_engine.backends.onnxruntime_cuda import (
     MOST_GRAPHS,
     NO_GRAPH,
     OnnxRuntimeCudaEngine,
-    resolve_precision,
     target,
 )
 from ddsm_engine.bundle import Bundle
@@ -347,7 +346,7 @@ def test_another_network_than_the_variant_s_is_refused(library: Library, bundle:
 def test_another_precision_than_the_artefact_s_is_refused(asked: Any, bundle: Bundle) -> None:
     options = EngineOptions(device="cuda", precision=asked)
     with pytest.raises(BackendError, match=f"fp32 for w016, found --precision {asked}; export the bundle with"):
-        resolve_precision(options, bundle.variants["w016"])
+        artefact_precision(options, bundle.variants["w016"])
 
 
 def test_a_target_tells_apart_all_that_the_time_depends_on() -> None:
