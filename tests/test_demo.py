@@ -1,6 +1,7 @@
 """The first command of the README; in a file of its own, for two processes to share the longest tests."""
 
 import re
+import sys
 from pathlib import Path
 
 from ddsm_export.demo import DEFAULT
@@ -8,7 +9,9 @@ from tests.test_readme import run
 
 
 def test_the_demo_writes_what_the_readme_says(tmp_path: Path) -> None:
-    out = run("ddsm demo", tmp_path)
+    # `ddsm demo` with few images: what they look like and take is not looked at here.
+    few = "import sys; from ddsm_engine import cli; from ddsm_export import demo; demo.BATCH = 2; sys.exit(cli.main())"
+    out = run([sys.executable, "-c", few, "demo"], tmp_path)
     written = {file.name for file in (tmp_path / "demo").iterdir()}
     assert written == {
         "fashion-mnist.bundle", "full.png", "coarse.png", f"{DEFAULT}.png", "latency.png", "trace.json",

@@ -59,12 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(command: str, folder: Path) -> str:
-    """Run one line of the README where its files are, with the environment's own commands."""
-    first, *rest = command.split()
-    program = [sys.executable] if first == "python" else [str(Path(sys.executable).with_name(first))]
+def own(line: str) -> list[str]:
+    """The words of a line of the README, with the environment's own commands."""
+    first, *rest = line.split()
+    return [sys.executable if first == "python" else str(Path(sys.executable).with_name(first)), *rest]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command where its files are."""
     done = subprocess.run(
-        [*program, *rest], cwd=folder, capture_output=True, text=True, check=False,
+        command, cwd=folder, capture_output=True, text=True, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # torch's second thread only waits where other tests run, too
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
@@ -85,7 +89,7 @@ def test_every_other_command_works_in_order(folder: Path) -> None:
     output = {}
     for command in commands:
         extra = next((more for start, more in EXTRA.items() if command.startswith(start)), "")
-        output[command] = run(command + extra, folder)
+        output[command] = run(own(command + extra), folder)
     assert "3 variants" in output["ddsm-export ckpt.pt -o my.bundle"]
     assert "2 swaps" in output["ddsm inspect search.txt --bundle my.bundle"]
     assert (folder / "images.png").stat().st_size > 0

@@ -12,7 +12,8 @@ from ddsm_engine.doctor.finding import Finding, Severity
 DISTRIBUTION = "ddsm-engine"
 
 _REQUIREMENT = re.compile(
-    r"(?P<name>[\w.-]+)\s*(?:\[[^]]*])?\s*(?P<versions>[^;]*?)\s*(?:;\s*extra == ['\"](?P<extra>[\w-]+)['\"])?"
+    r"(?P<name>[\w.-]+)\s*(?:\[[^]]*])?\s*(?P<versions>[^;]*?)\s*"
+    r"(?:;\s*(?:\([^()]*\)\s+and\s+)?extra == ['\"](?P<extra>[\w-]+)['\"])?"
 )
 _CLAUSE = re.compile(r"(>=|<=|==|!=|>|<)\s*([\d.]+)")
 _COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
@@ -71,7 +72,7 @@ def read_libraries(requirements: Iterable[str], installed: Mapping[str, str]) ->
     extras: dict[str, list[str]] = {}
     for line in requirements:
         match = _REQUIREMENT.fullmatch(line.strip())
-        # Requirements for other systems carry other markers; the package has none so far.
+        # What is only required on another system is not missed here: what is not installed is no finding by itself.
         if match is None or normalised(match["name"]) == DISTRIBUTION:
             continue
         name = match["name"]

@@ -373,7 +373,7 @@ def test_a_machine_without_a_table_is_measured_first(
     bundle, benched = copy_bundle(bundle_path, tmp_path / "own.bundle"), []
 
     def measured(arguments: argparse.Namespace) -> None:
-        benched.append((arguments.bundle, arguments.backend, arguments.batch_size, arguments.save))
+        benched.append((*arguments.bundle, arguments.backend, arguments.batch_size, arguments.save))
         keep_table(bundle)
 
     monkeypatch.setattr(search, "bench", measured)
