@@ -78,7 +78,7 @@ class DeviceScheduler:
             self._output = self._allocate(self.x.nbytes)
             self._run, self._state = self._allocate(update.RUN.itemsize), self._allocate(update.STATE.itemsize)
             self._flags, self._flags_address = device.shared(2)
-            source = update.source(with_loop=device.properties.cuda >= LOOP_CUDA)
+            source = self._compile()
             blocks = update.blocks(len(self.x), self.x[0].size)
             self._update: Callable[[], None] = partial(
                 device.launch, source, update.KERNEL, blocks, update.THREADS, self._run
@@ -145,6 +145,19 @@ class DeviceScheduler:
             self._feature_buffer.free()
             self._owned, self._tables = [], None
 
+    def _compile(self) -> str:
+        """Make the update ready before it is captured: with what steers a loop, where the driver has that."""
+        self._has_loop = self.device.properties.cuda >= LOOP_CUDA
+        if self._has_loop:
+            try:
+                self.device.compile(update.source(with_loop=True), update.KERNEL)
+            except BackendError as error:
+                log.warning("the run cannot be put on the GPU as one launch, but will be slower: %s", error)
+                self._has_loop = False
+        source = update.source(with_loop=self._has_loop)
+        self.device.compile(source, update.KERNEL)
+        return source
+
     # --- the ways -----------------------------------------------------------------------------------------------------
 
     def _settle(self, plan: Plan, execution: str | None) -> "_Ready":
@@ -175,7 +188,7 @@ class DeviceScheduler:
         ways = [GRAPHS, LAUNCHES]
         if len(plan.variants) <= CHAIN_CALLS:
             ways.insert(0, CHAIN)
-        if self.device.properties.cuda >= LOOP_CUDA:
+        if self._has_loop:
             ways.insert(0, LOOP)
         return [way for way in ways if way not in self._graphs.refused]
 
@@ -186,6 +199,10 @@ class DeviceScheduler:
             BackendError: it does not work.
         """
         used = _used(plan)
+        if way == LOOP and not self._has_loop:
+            raise BackendError(
+                f"a run cannot be put on this GPU as one launch: CUDA {'.'.join(map(str, LOOP_CUDA))} can"
+            )
         self._try(used)
         if way == LAUNCHES:
             return self._one_by_one(plan, self._update, {variant: self._enqueuing(variant) for variant in used})

@@ -194,16 +194,20 @@ class CudaDevice:
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
-    def launch(self, source: str, kernel: str, blocks: int, threads: int, argument: int) -> None:
-        """Run a kernel of one argument, an address."""
-        function = self._kernels.get((source, kernel))
-        if function is None:
+    def compile(self, source: str, kernel: str) -> None:
+        """Make a kernel ready."""
+        if (source, kernel) not in self._kernels:
             binary = compile_cuda(source, self.properties.compute_capability)
             with _refused(f"the kernel {kernel}"):
                 module = drv.module_from_buffer(binary)
                 function = module.get_function(kernel)
                 function.prepare("P")
             self._kernels[source, kernel] = function
+
+    def launch(self, source: str, kernel: str, blocks: int, threads: int, argument: int) -> None:
+        """Run a kernel of one argument, an address."""
+        self.compile(source, kernel)
+        function = self._kernels[source, kernel]
         with _refused(f"to launch {kernel}"):
             function.prepared_async_call((blocks, 1), (threads, 1, 1), self._stream, argument)
 

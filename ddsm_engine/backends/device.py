@@ -134,8 +134,12 @@ class Device(Protocol):
         """
         ...
 
+    def compile(self, source: str, kernel: str) -> None:
+        """Make a kernel of this CUDA C++ source ready, which a capture cannot; once is enough."""
+        ...
+
     def launch(self, source: str, kernel: str, blocks: int, threads: int, argument: int) -> None:
-        """Run a kernel of this CUDA C++ source (compiled on first use) that takes one address."""
+        """Run a kernel of this CUDA C++ source that takes one address."""
         ...
 
     def is_done(self) -> bool:

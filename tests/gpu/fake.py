@@ -54,8 +54,8 @@ class FakeDevice:
 
     Args:
         properties: What it says of itself.
-        refuses: Names of methods that the driver refuses: ``capture``, ``chain``, ``loop``, ``instantiate``; and
-            ``record``, which leaves captures empty without a word.
+        refuses: What the driver refuses: ``capture``, ``chain``, ``loop``, ``instantiate``, ``compile with a loop``;
+            ``record`` leaves captures empty without a word.
         kernels: What ``launch`` runs, by the kernel's name.
     """
 
@@ -72,6 +72,7 @@ class FakeDevice:
         self._kernels = dict(kernels or {update.KERNEL: update_kernel})
         self._memory: dict[int, NDArray[np.uint8]] = {}
         self._recording: list[Work] | None = None
+        self._compiled: set[tuple[str, str]] = set()
         self._entered = 0
 
     # --- what engines for tests need ----------------------------------------------------------------------------------
@@ -144,8 +145,16 @@ class FakeDevice:
         array[:] = 0
         return array, address
 
-    def launch(self, source: str, kernel: str, blocks: int, threads: int, argument: int) -> None:
+    def compile(self, source: str, kernel: str) -> None:
+        assert self._recording is None, "no module can be loaded while capturing"
         assert kernel in source
+        if "compile with a loop" in self.refuses and "#define WITH_LOOP 1" in source:
+            raise BackendError("the driver knows no cudaGraphSetConditional (invented)")
+        self._compiled.add((source, kernel))
+
+    def launch(self, source: str, kernel: str, blocks: int, threads: int, argument: int) -> None:
+        if (source, kernel) not in self._compiled:
+            self.compile(source, kernel)
         assert 0 < threads <= 1024
         assert blocks > 0
         self.record(lambda: self._kernels[kernel](self, argument))

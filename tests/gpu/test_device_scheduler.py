@@ -182,6 +182,16 @@ def test_a_driver_before_cuda_12_8_is_not_asked_for_a_loop(caplog: pytest.LogCap
     assert not caplog.records
 
 
+def test_a_driver_that_cannot_steer_a_loop_is_given_a_kernel_that_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, plan = scheduler_on(FakeDevice(refuses=["compile with a loop"])), make_plan()
+    scheduler.run(plan, SeededNoise(3))
+    assert scheduler.execution == "chain"
+    assert scheduler.x.tobytes() == expected(plan, SeededNoise(3)).tobytes()
+    assert "knows no cudaGraphSetConditional" in caplog.text
+    with pytest.raises(BackendError, match="cannot be put on this GPU as one launch"):
+        scheduler.run(plan, SeededNoise(3), execution="loop")
+
+
 def test_engines_that_cannot_be_captured_are_launched_one_by_one(device: FakeDevice) -> None:
     scheduler, plan = scheduler_on(device, is_capturable=False), make_plan()
     scheduler.run(plan, SeededNoise(3))
