@@ -132,7 +132,7 @@ class DDSMPipeline(DiffusionPipeline):
         bundle: Path | str,
         *,
         backend: str = "auto",
-        device: str = "cpu",
+        device: str = "auto",
         precision: Precision = "auto",
         threads: int = 0,
     ) -> "DDSMPipeline":
