@@ -213,7 +213,8 @@ class DeviceScheduler:
         if way == GRAPHS:
             for variant in ("", *used):
                 if variant not in graphs.calls:
-                    graphs.calls[variant] = self.device.instantiate(self._chained([variant] if variant else []))
+                    call = self._chained([variant]) if variant else graphs.captured[""]
+                    graphs.calls[variant] = self.device.instantiate(call)
             return self._one_by_one(plan, graphs.calls[""].launch, {v: graphs.calls[v].launch for v in used})
         # A loop finds the variants of its calls in the tables; a chain is made of them.
         key = (way, *(plan.variants if way == CHAIN else used))
@@ -238,10 +239,8 @@ class DeviceScheduler:
         return self.device.instantiate(loop.captured), (loop.more, loop.body)
 
     def _chained(self, variants: Sequence[str]) -> Captured:
-        """Calls with their updates; no call at all is an update, which begins a run."""
+        """Calls with their updates."""
         captured = self._graphs.captured
-        if not variants:
-            return captured[""]
         return self.device.chain([captured[part] for variant in variants for part in (variant, "")])
 
     def _enqueuing(self, variant: str) -> Callable[[], None]:
@@ -420,15 +419,12 @@ class _Graphs:
             graph.close()
 
 
-@dataclass(eq=False)
 class _Tables:
     """A plan in device memory; see ``ddsm_kernels.update.RUN``."""
 
-    plan: Plan
-    addresses: dict[str, int]
-
     def __init__(self, device: Device, plan: Plan, bodies: Sequence[int]) -> None:
-        self.plan, self.addresses = plan, {}
+        self.plan = plan
+        self.addresses: dict[str, int] = {}
         try:
             for name, table in tables_of(plan, bodies).items():
                 self.addresses[name] = device.allocate(table.nbytes)

@@ -186,10 +186,9 @@ def open_engine(
                 raise BackendError(f"ONNX Runtime has no bf16 on a CPU, which {variant.id} is in; --backend openvino")
             return OnnxRuntimeEngine(bundle.artefact(variant), options)
         case "torch":
-            from ddsm_engine.backends.torch import TorchEngine, network_from_weights
+            from ddsm_engine.backends.torch import TorchEngine, cut_network
 
-            network = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
-            return TorchEngine(network, options)
+            return TorchEngine(cut_network(bundle, variant), options)
     raise AssertionError(f"{name} runs on no CPU")
 
 
@@ -240,11 +239,11 @@ def _device_engine(
 
             return OnnxRuntimeCudaEngine(device, bundle.artefact(variant), variant, batch, options)
         case "torch" | "torch-compile":
-            from ddsm_engine.backends.torch import network_from_weights
+            from ddsm_engine.backends.torch import cut_network
             from ddsm_engine.backends.torch_cuda import TorchCudaEngine
 
-            network = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
-            return TorchCudaEngine(device, network, batch, options, compiled=name == "torch-compile")
+            is_compiled = name == "torch-compile"
+            return TorchCudaEngine(device, cut_network(bundle, variant), batch, options, compiled=is_compiled)
     raise AssertionError(f"{name} runs on no GPU")
 
 

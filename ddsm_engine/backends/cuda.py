@@ -4,11 +4,9 @@ It lives in the GPU's primary context, so that torch and ONNX Runtime can work i
 Kernels are compiled by NVRTC when they are first launched.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from ddsm_engine.backends.device import Block, Captured, DeviceProperties, Loop
 from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.environment import nvidia_driver
 from ddsm_engine.untrusted import one_line
 
 Handle = Any
@@ -49,7 +48,11 @@ def properties(ordinal: int = 0) -> DeviceProperties:
     major, minor = gpu.compute_capability()
     version = drv.get_driver_version()
     return DeviceProperties(
-        gpu.name(), f"{major}.{minor}", _driver(), (version // 1000, version % 1000 // 10), gpu.total_memory()
+        gpu.name(),
+        f"{major}.{minor}",
+        nvidia_driver() or "unknown",
+        (version // 1000, version % 1000 // 10),
+        gpu.total_memory(),
     )
 
 
@@ -60,15 +63,6 @@ def _gpu(ordinal: int) -> Handle:
         if ordinal >= found:
             raise BackendError(f"expected GPU {ordinal}, found {found} GPUs; see CUDA_VISIBLE_DEVICES and nvidia-smi")
         return drv.Device(ordinal)
-
-
-def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """The version of the kernel's driver: CUDA itself knows its own alone."""
-    try:
-        found = re.search(r"\s(\d{3,}\.[\d.]+)\s", file.read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    return found[1] if found else "unknown"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from ddsm_engine.backends.engine import Arrays
+from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 
 ALIGNMENT = 256
@@ -34,6 +35,20 @@ class DeviceProperties:
     driver: str
     cuda: tuple[int, int]
     memory_bytes: int
+
+
+def describe_gpu_target(backend: str, version: str, precision: str, gpu: DeviceProperties, batch: int) -> Target:
+    """Everything beside the model that the time of a call on a GPU depends on."""
+    return {
+        "backend": backend,
+        "version": version,
+        "device": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "driver": gpu.driver,
+        "precision": precision,
+        "batch": batch,
+        "threads": 0,  # no call takes any
+    }
 
 
 class Captured(Protocol):

@@ -76,11 +76,11 @@ def artefact_precision(options: EngineOptions, variant: Variant) -> str:
 
 
 def describe_target(backend: str, version: str, precision: str, options: EngineOptions, batch: int) -> Target:
-    """Everything beside the model that the time of a call depends on."""
+    """Everything beside the model that the time of a call on a CPU depends on."""
     return {
         "backend": backend,
         "version": version,
-        "device": cpu()[0] if options.device == "cpu" else options.device,
+        "device": cpu()[0],
         "cores": cores(),
         "threads": options.threads,
         "precision": precision,

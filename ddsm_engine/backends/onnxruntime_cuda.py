@@ -18,7 +18,7 @@ from ddsm_engine.backends.onnxruntime import LOAD_ERRORS, check_shapes, provider
 # isort: split
 import onnxruntime as ort
 
-from ddsm_engine.backends.device import Device, DeviceProperties
+from ddsm_engine.backends.device import Device, DeviceProperties, describe_gpu_target
 from ddsm_engine.backends.engine import EngineOptions, artefact_precision
 from ddsm_engine.bundle import Variant
 from ddsm_engine.engine_cache import Target
@@ -42,16 +42,7 @@ BATCH_AXIS = "batch"
 
 def target(options: EngineOptions, batch: int, gpu: DeviceProperties) -> Target:
     """What the time of a call depends on beside the model. ``auto`` is what the bundle was exported in."""
-    return {
-        "backend": "onnxruntime",
-        "version": ort.__version__,
-        "device": gpu.name,
-        "compute_capability": gpu.compute_capability,
-        "driver": gpu.driver,
-        "precision": options.precision,
-        "batch": batch,
-        "threads": 0,  # no call takes any
-    }
+    return describe_gpu_target("onnxruntime", ort.__version__, options.precision, gpu, batch)
 
 
 @dataclass(frozen=True, slots=True)

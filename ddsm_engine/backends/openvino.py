@@ -36,10 +36,8 @@ def resolve_precision(options: EngineOptions) -> str:
     """What an engine with these options computes in.
 
     Raises:
-        BackendError: the device or precision is not there.
+        BackendError: the precision is not there.
     """
-    if options.device != "cpu":
-        raise BackendError(f"the openvino backend runs on the CPU, found --device {options.device}; use onnxruntime")
     capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if options.precision == "auto":
         return "bf16" if "BF16" in capabilities else "fp32"
@@ -77,7 +75,7 @@ class OpenVINOEngine:
             built: What ``export`` returned for this model, these shapes and options, on this machine.
 
         Raises:
-            BackendError: the device or precision is not there, or the file does not compile.
+            BackendError: the precision is not there, or the file does not compile.
         """
         self.precision = resolve_precision(options)
         (batch,) = {shape[0] for shape in shapes.values()}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from ddsm_engine.backends import INSTALL, MODULES
-from ddsm_engine.backends.device import Device, DeviceProperties
+from ddsm_engine.backends.device import Device, DeviceProperties, describe_gpu_target
 from ddsm_engine.backends.engine import EngineOptions, artefact_precision
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import EngineCache, Target
@@ -122,13 +122,13 @@ def built_target(name: str, precision: str, batch: int, gpu: DeviceProperties | 
     Raises:
         BackendError: the library is not there.
     """
-    is_any = name == "tensorrt-rtx" or gpu is None
+    on = None if name == "tensorrt-rtx" else gpu
     return {
         "backend": name,
         "version": str(import_tensorrt(name).__version__),
-        "device": "any" if is_any or gpu is None else gpu.name,
-        "compute_capability": "any" if is_any or gpu is None else gpu.compute_capability,
-        "driver": "any" if is_any or gpu is None else gpu.driver,
+        "device": on.name if on else "any",
+        "compute_capability": on.compute_capability if on else "any",
+        "driver": on.driver if on else "any",
         "precision": precision,
         "batch": batch,
     }
@@ -140,9 +140,7 @@ def target(name: str, options: EngineOptions, batch: int, gpu: DeviceProperties)
     Raises:
         BackendError: the library is not there.
     """
-    built = built_target(name, options.precision, batch, gpu)
-    on = {"device": gpu.name, "compute_capability": gpu.compute_capability, "driver": gpu.driver}
-    return {**built, **on, "threads": 0}  # no call takes any
+    return describe_gpu_target(name, str(import_tensorrt(name).__version__), options.precision, gpu, batch)
 
 
 def open_tensorrt(

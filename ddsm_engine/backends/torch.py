@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError
 
 from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.networks.slicing import empty_unet, subnetwork
@@ -30,6 +31,16 @@ def network_from_weights(weights: Path, spec: UNetSpec, width: int) -> UNet:
             return subnetwork(spec, {name: opened.get_tensor(name).float() for name in expected}, width)
     except (SafetensorError, RuntimeError) as error:
         raise BackendError(f"{weights} cannot be read as this supernet's weights: {error}") from error
+
+
+def cut_network(bundle: Bundle, variant: Variant) -> UNet:
+    """The network of a variant, from the weights that its bundle holds.
+
+    Raises:
+        BundleError: the weights are damaged.
+        BackendError: see ``network_from_weights``.
+    """
+    return network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
 
 
 def resolve_precision(options: EngineOptions) -> str:

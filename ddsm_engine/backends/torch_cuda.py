@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ddsm_engine.backends.device import Device, DeviceProperties, no_gpu
+from ddsm_engine.backends.device import Device, DeviceProperties, describe_gpu_target, no_gpu
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
@@ -68,16 +68,8 @@ def target(options: EngineOptions, batch: int, gpu: DeviceProperties, *, compile
     Raises:
         BackendError: the GPU has no such arithmetic.
     """
-    return {
-        "backend": backend_name(compiled=compiled),
-        "version": str(torch.__version__),
-        "device": gpu.name,
-        "compute_capability": gpu.compute_capability,
-        "driver": gpu.driver,
-        "precision": resolve_precision(options, gpu),
-        "batch": batch,
-        "threads": 0,  # no call takes any
-    }
+    name, version = backend_name(compiled=compiled), str(torch.__version__)
+    return describe_gpu_target(name, version, resolve_precision(options, gpu), gpu, batch)
 
 
 def prefers_fused_norms(*, compiled: bool) -> bool:

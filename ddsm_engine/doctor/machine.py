@@ -13,7 +13,7 @@ from pathlib import Path
 from ddsm_engine.doctor.finding import Finding
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import SUFFIX, only_one_process
-from ddsm_engine.measure.environment import cores, cpu
+from ddsm_engine.measure.environment import cores, cpu, nvidia_driver
 
 NO_LIMIT = 1 << 60
 """Version 1 writes "no limit" as the largest multiple of the page size."""
@@ -152,10 +152,9 @@ def read_gpu(root: Path, query: Callable[[], str] = query_nvidia_smi) -> Gpu:
     """NVIDIA's driver and GPUs: from ``nvidia-smi``, else from the kernel's files."""
     rows = [[field.strip() for field in line.split(",")] for line in query().splitlines()]
     rows = [row for row in rows if len(row) == 3]
-    driver = re.search(r"\s(\d{3,}\.[\d.]+)\s", _read(root / "proc/driver/nvidia/version") + "\n")
     nodes = sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
     return Gpu(
-        driver=rows[0][1] if rows else driver[1] if driver else "",
+        driver=rows[0][1] if rows else nvidia_driver(root / "proc/driver/nvidia/version"),
         devices=tuple(f"{name} ({memory})" for name, _, memory in rows) or tuple(nodes),
         slots=tuple(
             sorted(

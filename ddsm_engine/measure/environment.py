@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -39,6 +40,15 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", "").split()
     return fields.get("model name", platform.machine()), tuple(feature for feature in FEATURES if feature in flags)
+
+
+def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of NVIDIA's kernel module, ``580.65.06``; empty where there is none."""
+    try:
+        found = re.search(r"\s(\d{3,}\.[\d.]+)\s", file.read_text(encoding="utf-8") + "\n")
+    except OSError:
+        found = None
+    return found[1] if found else ""
 
 
 def cores() -> int:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ddsm_engine.backends.torch import network_from_weights
+from ddsm_engine.backends.torch import cut_network
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import BackendError, BundleError, OutputError
 from ddsm_engine.files import atomic_path, refuse_existing
@@ -160,9 +160,7 @@ def diffusers_from_bundle(
     if absent := sorted(set(widths or ()) - {variant.width for variant in variants}):
         raise BundleError(f"{bundle.path} has no width {absent[0]}; it has {', '.join(map(bundle.label, variants))}")
     networks = (
-        (v.id, network_from_weights(bundle.weights(v), bundle.spec(v), v.width), bundle.time_table(v))
-        for v in variants
-        if widths is None or v.width in widths
+        (v.id, cut_network(bundle, v), bundle.time_table(v)) for v in variants if widths is None or v.width in widths
     )
     provenance = bundle.manifest.provenance
     return write_diffusers(networks, scheduler_of(bundle), output, provenance=provenance, force=force)

@@ -16,7 +16,7 @@ from ddsm_engine import run
 from ddsm_engine.backends import open_engine, open_engines
 from ddsm_engine.backends.device import StagedEngine
 from ddsm_engine.backends.engine import EngineOptions
-from ddsm_engine.backends.torch import network_from_weights
+from ddsm_engine.backends.torch import cut_network
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.device_scheduler import DeviceScheduler
 from ddsm_engine.errors import BackendError
@@ -42,7 +42,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeDevice]]:
     def device_engine(
         name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions, device: FakeDevice
     ) -> FakeEngine:
-        network = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
+        network = cut_network(bundle, variant)
 
         def answer(sample: Any, features: Any) -> Any:
             with torch.inference_mode():

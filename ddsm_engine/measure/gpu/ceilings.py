@@ -5,6 +5,7 @@ from contextlib import closing
 from functools import partial
 from typing import Final
 
+from ddsm_engine.backends import open_device
 from ddsm_engine.backends.device import Device
 from ddsm_engine.measure.gpu.device_timing import figures, time_launches
 from ddsm_engine.measure.gpu.torch_gpu import DEVICE, cuda_torch, refusing, time_events
@@ -68,10 +69,9 @@ def measure_kernel_floor(work: Work) -> None:
     Raises:
         BackendError: no GPU.
     """
-    from ddsm_engine.backends.cuda import open_device
 
     def floor() -> Row:
-        with closing(open_device()) as device:
+        with closing(open_device("kernel floor")) as device:
             return kernel_floor(device)
 
     work.take({"kernel": "empty"}, floor)

@@ -126,10 +126,10 @@ def prepared(peer: str, bundle: Bundle, variant: Variant, batch: int) -> Iterato
 
 def network_of(bundle: Bundle, variant: Variant) -> Any:  # noqa: ANN401 - a module
     """The static network of a width."""
-    from ddsm_engine.backends.torch import network_from_weights
+    from ddsm_engine.backends.torch import cut_network
 
     torch = cuda_torch()
-    network: Any = network_from_weights(bundle.weights(variant), bundle.spec(variant), variant.width)
+    network: Any = cut_network(bundle, variant)
     return network.to(DEVICE, torch.bfloat16).to(memory_format=torch.channels_last)
 
 
