@@ -87,10 +87,16 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The user's cache folder, and the key in it, are the user's."""
+    """The user's cache folder, and the key in it, are the user's.
+
+    Engines lie there by their bundle's content, and most tests' bundles are copies of one: a test that keeps engines
+    there would leave them to all others, so it takes a folder of its own.
+    """
+    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+    assert not list(cache.glob("ddsm-engine/engines/*/*")), "a test left engines in the folder that all tests share"
 
 
 Refusal = Callable[..., str]

@@ -206,6 +206,7 @@ def test_a_damaged_key_is_made_anew(bundle_path: Path, tmp_path: Path, monkeypat
 def test_engines_of_a_read_only_bundle_lie_in_the_user_s_cache_folder(
     bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bundle = Bundle.open(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
     monkeypatch.setattr(os, "access", lambda *_: False)
     cache = engine_cache.EngineCache(bundle, {"backend": "openvino"})

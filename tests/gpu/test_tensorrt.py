@@ -341,14 +341,14 @@ def test_a_damaged_or_foreign_engine_stops_a_run(own: Bundle, device: FakeDevice
 
 
 def test_an_own_engine_in_the_user_s_folder_is_taken_though_the_bundle_brought_another(
-    own: Bundle, device: FakeDevice
+    own: Bundle, device: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = EngineCache(own, built_target("tensorrt", "fp32", BATCH, H100))
     shutil.copytree(keep(own), cache.folders[1] / "w032")
     reseal_as_another_user(cache.folders[0] / "w032")
     assert cache.folders[1].is_relative_to(user_cache_folder())
     assert open_full(own, device).precision == "fp32"
-    shutil.rmtree(cache.folders[1])
 
 
 def test_an_own_engine_that_the_library_refuses_says_how_to_build_it_anew(own: Bundle, device: FakeDevice) -> None:
