@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from benchmarks._report import Record, machine_line, table
+from benchmarks._report import Record, in_short, machine_line, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,21 +28,8 @@ def details(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """The sentence, and images per second and ratio at batch 1 and at everybody's best batch."""
-    head = ["contender", "images/s, batch 1", "ours is", "images/s, its best batch", "batch", "ours is"]
-    first, best = rows(record, BATCH_1), rows(record, BEST)
-    lines = []
-    for name, own in record["contenders"].items():
-        if own["not_run"]:
-            lines.append([name, f"not run: {own['not_run']}", *["-"] * 4])
-            continue
-        cells = [_label(record, name)]
-        for measured in (first, best):
-            one = measured.get(name)
-            batch = [] if measured is first else [one["batch"] if one else "-"]
-            cells += [_figure(one["images_per_s"]), *batch, ratio(measured, name)] if one else ["-", *batch, "-"]
-        lines.append(cells)
-    return "\n\n".join([*headline(record), table(head, lines), machine_line(record)])
+    """The sentence."""
+    return in_short(record, *headline(record))
 
 
 def rows(record: Record, title: str) -> dict[str, Record]:

@@ -173,12 +173,24 @@ def machine_name(cpu: str, cores: int) -> str:
 
 def machine_line(record: Record) -> str:
     """Processor, libraries, date and commit."""
+    versions = record["environment"]["versions"]
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "ddsm-engine")
+    processor, made = _source(record)
+    return f"{processor}; {libraries}; {made}."
+
+
+def in_short(record: Record, *sentences: str) -> str:
+    """Sentences as one paragraph that ends with the processor, date and commit they are from."""
+    return " ".join([*sentences, f"*{'; '.join(_source(record))}.*"])
+
+
+def _source(record: Record) -> tuple[str, str]:
+    """The processor; the date and the commits."""
     where = record["environment"]
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in where["versions"] if name != "ddsm-engine")
     commits = dict.fromkeys([where["commit"], *(later["commit"] for later in record.get("resumed", []))])
     return (
-        f"{where['cpu']}, {where['cores']} cores ({', '.join(where['cpu_features']) or 'no vector features named'}); "
-        f"{versions}; {where['date'][:10]}, commit {', then '.join(str(c) for c in commits)}."
+        f"{where['cpu']}, {where['cores']} cores ({', '.join(where['cpu_features']) or 'no vector features named'})",
+        f"{where['date'][:10]}, commit {', then '.join(str(c) for c in commits)}",
     )
 
 

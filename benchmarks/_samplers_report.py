@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from benchmarks._report import Record, machine_line, percent, table, times
+from benchmarks._report import Record, in_short, machine_line, percent, table, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,12 +12,6 @@ if TYPE_CHECKING:
 
 FULL: Final = "full width"
 STEP_AWARE: Final = "strategy"
-
-SUMMARY_R: Final = (20, 50)
-"""Numbers of calls whose R the project's README shows."""
-
-SUMMARY_CALLS: Final = 20
-"""And the one whose seconds and KID it shows."""
 
 LATENCY_HEAD: Final = [
     "sampler", "calls", "steps", "full width, s per image", "strategy, s per image", "theoretical", "realised", "R",
@@ -48,30 +42,8 @@ def details(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """The answer in a sentence, and a row per sampler."""
-    head = [
-        "sampler", *(f"R, {calls} calls" for calls in SUMMARY_R), f"full width, s per image, {SUMMARY_CALLS} calls",
-        "strategy, s per image", "KID, full width", "KID, strategy",
-    ]  # fmt: skip
-    lines = []
-    for sampler in dict.fromkeys(row["sampler"] for row in [*latency_rows(record), *quality_rows(record)]):
-        timed = {row["wanted"]: row["runs"] for row in latency_rows(record) if row["sampler"] == sampler}
-        drawn = {
-            row["strategy"]: row
-            for row in quality_rows(record)
-            if (row["sampler"], row["wanted"]) == (sampler, SUMMARY_CALLS)
-        }
-        lines.append([
-            sampler,
-            *(f"{timed[calls][STEP_AWARE]['r']:.2f}" if calls in timed else "-" for calls in SUMMARY_R),
-            *(
-                f"{timed[SUMMARY_CALLS][name]['s_per_image']:.2f}" if SUMMARY_CALLS in timed else "-"
-                for name in (FULL, STEP_AWARE)
-            ),
-            *(_kid(drawn.get(name)) for name in (FULL, STEP_AWARE)),
-        ])  # fmt: skip
-    sentences = [sentence(record) for sentence in (latency_sentence, kid_sentence) if sentence(record)]
-    return "\n\n".join([" ".join(sentences), table(head, lines), machine_line(record)])
+    """The answer in two sentences."""
+    return in_short(record, *(sentence(record) for sentence in (latency_sentence, kid_sentence) if sentence(record)))
 
 
 def latency_sentence(record: Record) -> str:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from benchmarks._report import Record, machine_line, spread, table
+from benchmarks._report import Record, in_short, machine_line, spread, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,11 +28,16 @@ def details(record: Record) -> str:
         parts.append(f"DDIM with the published strategy, 32x32, batch 1:\n\n{_steps_table(record)}")
     if "resident" in record:
         parts.append(f"Resident variants, 32x32:\n\n{_resident_table(record)}\n\n{_import_line(record)}")
-    return "\n\n".join([*parts, summary(record)])
+    return "\n\n".join([*parts, *_resident_sentence(record), machine_line(record)])
 
 
 def summary(record: Record) -> str:
-    """What holding every variant open takes, in one sentence, and where it was measured."""
+    """What holding every variant open takes."""
+    return in_short(record, *_resident_sentence(record))
+
+
+def _resident_sentence(record: Record) -> list[str]:
+    """One sentence; none while it is not measured."""
     found = []
     count = 0
     for backend, rows in record.get("resident", {}).items():
@@ -42,10 +47,8 @@ def summary(record: Record) -> str:
         found.append(
             f"{_name(record, backend)} {_mb(own[False])} MB peak, {own[False]['cold_start_s']:.1f} s cold start{loaded}"
         )
-    if not found:
-        return machine_line(record)
     sentence = f"All {count} variants resident, batch 1, in a fresh process without torch: {'; '.join(found)}."
-    return f"{sentence}\n\n{machine_line(record)}"
+    return [sentence] if found else []
 
 
 def _batch_table(rows: Sequence[Record]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Final
 
-from benchmarks._report import Benchmark, Record, machine_line, table
+from benchmarks._report import Benchmark, Record, in_short, machine_line, table
 from ddsm_engine.backends import artefact_backends
 from ddsm_engine.errors import OutputError
 from tests.robustness import processes
@@ -132,26 +132,23 @@ def details(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """The compact block of the README."""
+    """What was done, and how it ended, a line each."""
     killed = sum(tally["kills"] for tally in record["kills"].values())
     raced = sum(sum(ends.values()) for ends in record["races"].values())
     files = sum(record["hostile"]["files"].values())
     fuzzed = sum(f["executions"] for f in record["fuzz"].values())
     lines = [
-        ["`kill -9` at random moments of every command that writes", f"{killed:,}", "old state or new one, always"],
-        ["two processes writing the same thing at once", f"{raced:,}", "one wins, none corrupts"],
-        ["broken and malicious files", f"{files:,}", "each refused with one line"],
-        ["fuzzed inputs of every reader", f"{fuzzed:,}", "no traceback, no hang"],
+        f"{killed:,} `kill -9` at random moments of every command that writes: the old state or the new one, always",
+        f"{raced:,} times two processes writing the same thing at once: one wins, none corrupts",
+        f"{files:,} broken and malicious files: each refused with one line",
+        f"{fuzzed:,} fuzzed inputs of every reader: no traceback, no hang",
         *(
-            [
-                f"{s['backend']} calls with random strategies",
-                f"{s['calls']:,}",
-                f"memory grew by {s['leaked_bytes']:,} bytes; the same images in all of {s['same_bytes']} repeats",
-            ]
+            f"{s['calls']:,} {s['backend']} calls with random strategies: memory grew by {s['leaked_bytes']:,} bytes; "
+            f"the same images in all of {s['same_bytes']} repeats"
             for s in record["soak"]
         ),
     ]
-    return "\n\n".join([table(["what", "times", "result"], lines), machine_line(record)])
+    return "\n".join(f"- {line}" for line in lines) + f"\n\n{in_short(record)}"
 
 
 def _counts(found: Mapping[str, int]) -> str:

@@ -184,32 +184,6 @@ def _cells(row: Mapping[str, float]) -> list[str]:
     ]  # fmt: skip
 
 
-def summary(record: Record) -> str:
-    """The fastest engines at the smallest and the largest batch, side by side."""
-    fastest = min(record["targets"], key=lambda found: found["rows"][-1]["ms_per_image"])["target"]
-    own = sorted(
-        (found for found in record["targets"] if _engines(found) == (fastest["backend"], fastest["precision"])),
-        key=lambda found: int(found["target"]["batch"]),
-    )
-    shown = own[:1] if len(own) == 1 else [own[0], own[-1]]
-    head = ["width", "GFLOPs", "theoretical"]
-    for found in shown:
-        head += [f"batch {found['target']['batch']}, ms an image", "measured", "MFU"]
-    lines = []
-    for rows in zip(*(found["rows"] for found in shown), strict=True):
-        cells = [rows[0]["width"], f"{rows[0]['gflops']:.3f}", times(rows[0]["theoretical"])]
-        for row in rows:
-            cells += [f"{row['ms_per_image']:.1f}", times(row["measured"]), percent(row["mfu"])]
-        lines.append(cells)
-    peaks = " and ".join(f"{found['peak_gflops']:.0f}" for found in shown)
-    line = (
-        f"{fastest['backend']} {fastest['precision']}, the fastest of {len(record['targets'])} targets measured; "
-        f"theoretical and measured are speed-ups over 8/8, MFU the share of this machine's own "
-        f"{peaks} GFLOP/s."
-    )
-    return "\n\n".join([table(head, lines), line, machine_line(record)])
-
-
 def draw(record: Record, figure: "Figure") -> None:
     """Left: does the promised speed-up arrive? Right: is time proportional to GFLOPs?"""
     left, right = figure.subplots(1, 2)
@@ -249,7 +223,6 @@ BENCHMARK: Final = Benchmark(
     options=options,
     measure=measure,
     details=details,
-    summary=summary,
     draw=draw,
 )
 

@@ -1,5 +1,6 @@
 import argparse
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -310,11 +311,10 @@ def test_the_tables_show_who_ran_and_who_did_not() -> None:
     assert "(2/8 × 700, 8/8 × 300)" in text
 
 
-def test_the_summary_has_one_line_for_each() -> None:
-    text = summary(made_up())
-    assert text.startswith(HEADLINE)
-    assert "| OpenVINO per width, bf16 | 0.05 | 2.00x | 0.08 | 4 | 2.50x |" in text
-    assert "| torch.compile per width, bf16 | not run: this CPU has no bf16 arithmetic | - | - | - | - |" in text
+def test_the_summary_is_the_sentence_and_where_it_was_measured() -> None:
+    assert re.fullmatch(
+        re.escape(HEADLINE) + r" \*.+, \d+ cores \(.+\); \d{4}-\d\d-\d\d, commit .+\.\*", summary(made_up())
+    )
 
 
 @pytest.mark.parametrize("change", ["whole", "ours alone", "nothing yet"])

@@ -12,7 +12,6 @@ from benchmarks.subnetwork_latency import (
     measure_target,
     precise_targets,
     reference_answers,
-    summary,
 )
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle
@@ -109,15 +108,6 @@ def test_the_table_names_its_target_and_how_right_it_was() -> None:
         "reference (allowed 5e-06)"
     ) in text
     assert "| 8 (2/8) | 1.000 | 640.00 (639.00 to 642.00) | 40.00 | 25.0 | 25 % | 8.00x | 4.00x |" in text
-
-
-def test_the_summary_shows_the_fastest_backend_at_its_smallest_and_largest_batch() -> None:
-    text = summary(synthetic())
-    assert "| width | GFLOPs | theoretical | batch 1, ms an image | measured | MFU | batch 16, ms an image |" in text
-    assert "| 8 (2/8) | 1.000 | 8.00x | 25.0 | 4.00x | 40 % | 40.0 | 4.00x | 25 % |" in text
-    assert "openvino fp32, the fastest of 4 targets measured" in text
-    alone = {**synthetic(), "targets": synthetic()["targets"][:1]}
-    assert "| width | GFLOPs | theoretical | batch 1, ms an image | measured | MFU |\n" in summary(alone)
 
 
 def test_the_picture_is_drawn() -> None:
