@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from benchmarks._report import Record, in_short, machine_line, table
+from benchmarks.cifar10 import CIFAR10
+from ddsm_export.cost import count_cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +45,7 @@ def rows(record: Record, title: str) -> dict[str, Record]:
 
 
 def headline(record: Record) -> list[str]:
-    """Ours against the fastest peer and against the published loop; nothing while no peer is there."""
+    """Ours against the fastest peer and against the published loop, and Net R; nothing while no peer is there."""
     clauses = []
     for title in (BATCH_1, BEST):
         measured = rows(record, title)
@@ -51,16 +53,39 @@ def headline(record: Record) -> list[str]:
         if not peers:
             continue
         fastest = max(peers, key=lambda name: float(measured[name]["images_per_s"]))
+        alike = "; their runs overlap" if overlap(measured[OURS], measured[fastest]) else ""
         clause = (
             f"{'at' if title == BATCH_1 else 'each at'} {title} {_speed(measured[OURS])}, {ratio(measured, fastest)} "
+            f"the fastest peer ({_label(record, fastest)}{alike})"
         )
-        clause += f"the fastest peer ({_label(record, fastest)})"
         if PUBLISHED in measured:
-            clause += f" and {ratio(measured, PUBLISHED)} the loop as published in fp32"
-        clauses.append(clause)
-    return (
-        [f"**With the published strategy over {record['timesteps']} calls: {'; '.join(clauses)}.**"] if clauses else []
+            clause += f", {ratio(measured, PUBLISHED)} the loop as published in fp32"
+        best = min(peers, key=lambda name: float(measured[name]["full_s_per_image"]))
+        clauses.append(f"{clause}, Net R {net_r(record, measured, best):.2f} (full width: {_label(record, best)})")
+    if not clauses:
+        return []
+    really = f"{record['settings']['calls']} of which were run, and scaled"
+    return [f"**With the published strategy over {record['timesteps']} calls, {really}: {'; '.join(clauses)}.**"]
+
+
+def overlap(one: Record, other: Record) -> bool:
+    """Whether the middle 60 % of two contenders' runs do: then neither is faster."""
+    (low, high), (other_low, other_high) = (
+        [each["images_per_s"] * each["run"]["median_ms"] / each["run"][bound] for bound in ("p80_ms", "p20_ms")]
+        for each in (one, other)
     )
+    return bool(low <= other_high and other_low <= high)
+
+
+def net_r(record: Record, measured: Mapping[str, Record], best: str) -> float:
+    """R over the best that others make of the full width: their seconds / ours with the strategy / theoretical.
+
+    ``full_s_per_image`` is what the full width takes over as many calls.
+    """
+    macs = {width: count_cost(CIFAR10, int(width)).macs for width in record["mix"]}
+    calls = sum(record["mix"].values())
+    theoretical = calls * macs[record["full"]] / sum(macs[width] * count for width, count in record["mix"].items())
+    return float(measured[best]["full_s_per_image"] / measured[OURS]["s_per_image"] / theoretical)
 
 
 def ratio(measured: Mapping[str, Record], name: str) -> str:

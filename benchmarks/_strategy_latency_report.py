@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from benchmarks._report import Record, machine_line, percent, table, times
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ BOUND: Final = 0.05
 """How far a run should at most be from the sum of its isolated calls; a figure to look at, which fails nothing."""
 
 HEAD: Final = [
-    "run", "calls run", "s per image", "images/s", "MFU", "theoretical", "realised", "R",
+    "run", "calls run", "s per image", "images/s", "MFU", "theoretical", "realised", "R (20 % to 80 % of turns)",
     "predicted, s per image", "measured / predicted", "outside the engines, µs a call", "share",
 ]  # fmt: skip
 
@@ -28,7 +30,7 @@ def details(record: Record) -> str:
             f"{_name(found)}: {_calls(record)}, in turns of {record['chunk']}; a run of fewer calls made an even part "
             "of them and is scaled up",
             table(HEAD, [[name, *_cells(run)] for name, run in found["runs"].items()] + peers),
-            f"{_bound_line(found)} {_net_line(found)}",
+            f"{_bound_line(found)} {_torch_line(found)}",
         ]
     return "\n\n".join([*parts, _published_line(record), machine_line(record)])
 
@@ -38,20 +40,23 @@ def summary(record: Record) -> str:
     lines = []
     for found in record["targets"]:
         full, own = found["runs"][FULL], found["runs"][SEARCHED]
+        ms_a_call = (f"{1e3 * run['s_per_image'] / record['calls']:.1f}" for run in (full, own))
         lines.append([
-            _name(found), f"{full['s_per_image']:.2f}", f"{own['s_per_image']:.2f}", times(own["theoretical"]),
-            times(own["realised"]), f"{own['r']:.2f}", percent(full["mfu"]), f"{found['net_r']:.2f}",
+            _name(found), *ms_a_call, times(own["theoretical"]), times(own["realised"]), _r(own), percent(full["mfu"]),
         ])  # fmt: skip
     published = record["published"]
     theoretical = published["full_gflops_conv_linear"] / published["strategy_gflops_conv_linear"]
     lines.append([
         f"published, {published['device']}", f"{published['full_s']:.2f}", f"{published['strategy_s']:.2f}",
         f"{times(theoretical)} (conv+linear)", times(published["full_s"] / published["strategy_s"]),
-        f"{published['r']:.2f}", "-", "-",
+        f"{published['r']:.2f}", "-",
     ])  # fmt: skip
-    head = ["engines", "full width, s per image", "strategy, s per image", "theoretical", "realised", "R"]
+    head = [
+        "engines", "full width, ms a call and image", "strategy, ms a call and image", "theoretical", "realised",
+        "R (20 % to 80 % of turns)", "MFU of the full width",
+    ]  # fmt: skip
     return "\n\n".join([
-        _headline(record), table([*head, "MFU of the full width", "Net R"], lines),
+        _headline(record), table(head, lines),
         f"Ours: {_calls(record)}.", _published_line(record), machine_line(record),
     ])  # fmt: skip
 
@@ -87,7 +92,7 @@ def _pace(run: Record) -> list[str]:
 
 def _cells(run: Record) -> list[str]:
     return [
-        *_pace(run), times(run["theoretical"]), times(run["realised"]), f"{run['r']:.2f}",
+        *_pace(run), times(run["theoretical"]), times(run["realised"]), _r(run),
         f"{run['predicted_s_per_image']:.2f}", f"{run['measured_over_predicted']:.3f}",
         f"{run['host_us_per_call']:.0f}", f"{100 * run['host_share']:.1f} %",
     ]  # fmt: skip
@@ -103,12 +108,17 @@ def _bound_line(found: Record) -> str:
     )
 
 
-def _net_line(found: Record) -> str:
+def _torch_line(found: Record) -> str:
     peer = found["peers"][found["best_peer"]]
     return (
-        f"Net R = {found['net_r']:.2f} with the published strategy (best peer at full width: {found['best_peer']}, "
-        f"{peer['s_per_image']:.2f} s per image)."
+        f"R over the full width in torch: {found['r_over_torch']:.2f} with the published strategy "
+        f"({found['best_peer']}, {peer['s_per_image']:.2f} s per image)."
     )
+
+
+def _r(run: Record) -> str:
+    """R, and the middle 60 % of what single turns say."""
+    return f"{run['r']:.2f} ({' to '.join(f'{of_turn:.2f}' for of_turn in np.quantile(run['r_of_turns'], [0.2, 0.8]))})"
 
 
 def _headline(record: Record) -> str:
@@ -120,8 +130,8 @@ def _headline(record: Record) -> str:
     return (
         f"**{_name(found)}: {full['s_per_image']:.2f} s per image at full width, {own['s_per_image']:.2f} s with the "
         f"published strategy.** Theoretical {times(own['theoretical'])}, realised {times(own['realised'])}: "
-        f"R = {own['r']:.2f}, with the full width at {percent(full['mfu'])} MFU of this machine's own "
-        f"{found['peak_gflops']:.0f} GFLOP/s. {_net_line(found)}"
+        f"R = {_r(own)}, with the full width at {percent(full['mfu'])} MFU of this machine's own "
+        f"{found['peak_gflops']:.0f} GFLOP/s."
     )
 
 

@@ -143,8 +143,8 @@ def summary(record: Record) -> str:
         f"{files:,} broken and malicious files: each refused with one line",
         f"{fuzzed:,} fuzzed inputs of every reader: no traceback, no hang",
         *(
-            f"{s['calls']:,} {s['backend']} calls with random strategies: memory grew by {s['leaked_bytes']:,} bytes; "
-            f"the same images in all of {s['same_bytes']} repeats"
+            f"{s['calls']:,} {s['backend']} calls with random strategies: memory grew by {max(s['leaked_bytes'], 0):,} "
+            f"bytes; the same images in all of {s['same_bytes']} repeats"
             for s in record["soak"]
         ),
     ]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -72,6 +72,7 @@ class Tally:
         seconds: Wall time, of the engines and of all else.
         engine_s: Wall time inside the engines.
         isolated_s: What as many calls of the same variants took one by one, in the same turns.
+        pace: Of every turn, seconds per GFLOP and image.
     """
 
     calls: int = 0
@@ -80,12 +81,15 @@ class Tally:
     seconds: float = 0.0
     engine_s: float = 0.0
     isolated_s: float = 0.0
+    pace: list[float] = field(default_factory=list)
 
     def add(self, bundle: Bundle, plan: Plan, seconds: float, engine_s: float = 0.0, isolated_s: float = 0.0) -> None:
         """Count a turn in which these calls were made."""
         variants = [bundle.variants[identifier] for identifier in plan.variants]
+        macs = sum(variant.macs for variant in variants)
+        self.pace.append(seconds / gflops(macs))
         self.calls += len(variants)
-        self.macs += sum(variant.macs for variant in variants)
+        self.macs += macs
         self.conv_linear_macs += sum(variant.conv_linear_macs for variant in variants)
         self.seconds += seconds
         self.engine_s += engine_s
@@ -143,7 +147,7 @@ def measure_target(bundle: Bundle, backend: str, batch: int, settings: Settings)
 
     Returns:
         ``backend``, ``precision``, ``batch``, ``peak_gflops``, ``relative_l2`` by run, ``runs`` and ``peers`` (see
-        ``pace``, ``speed_up`` and ``overhead``), ``best_peer`` and ``net_r``.
+        ``pace``, ``speed_up`` and ``overhead``), ``best_peer`` and ``r_over_torch``.
 
     Raises:
         BackendError: runs that do not compute the same thing; nothing was timed.
@@ -178,7 +182,7 @@ def measure_target(bundle: Bundle, backend: str, batch: int, settings: Settings)
         "runs": runs,
         "peers": peers,
         "best_peer": best_peer,
-        "net_r": net_r(peers[best_peer], runs[SEARCHED]),
+        "r_over_torch": r_over_torch(peers[best_peer], runs[SEARCHED]),
     }
 
 
@@ -259,11 +263,14 @@ def speed_up(own: Tally, full: Tally) -> Record:
     """What the arithmetic promises over the full width, what the clock says, and the part of it that arrived: R."""
     theoretical = full.macs / full.calls * own.calls / own.macs
     realised = full.seconds / full.calls * own.calls / own.seconds
+    # R is the pace of the full width over the run's own; of a turn, in which the machine's speed hardly changed, too.
+    turns = [of_full / of_own for of_full, of_own in zip(full.pace, own.pace, strict=True)]
     return {
         "theoretical": theoretical,
         "theoretical_conv_linear": full.conv_linear_macs / full.calls * own.calls / own.conv_linear_macs,
         "realised": realised,
         "r": realised / theoretical,
+        "r_of_turns": turns,
     }
 
 
@@ -278,8 +285,11 @@ def overhead(own: Tally, calls: int, batch: int) -> Record:
     }
 
 
-def net_r(peer: Record, own: Record) -> float:
-    """R over the best that others make of the full width: their seconds / ours with the strategy / theoretical."""
+def r_over_torch(peer: Record, own: Record) -> float:
+    """R over what torch makes of the full width: its seconds / ours with the strategy / theoretical.
+
+    Net R is that over the best of all peers, which take their turns in ``peers``.
+    """
     return float(peer["s_per_image"] / own["s_per_image"] / own["theoretical"])
 
 

@@ -16,9 +16,9 @@ from benchmarks.strategy_latency import (
     Tally,
     make_plans,
     measure_target,
-    net_r,
     overhead,
     pace,
+    r_over_torch,
     speed_up,
     turns,
 )
@@ -29,8 +29,13 @@ from ddsm_engine.plan import Plan
 from tests.conftest import Refusal
 
 UNIFORM = [f"uniform {k}/8" for k in range(2, 8)]
-WHOLE = Tally(calls=100, macs=400 * 10**9, conv_linear_macs=300 * 10**9, seconds=50.0, engine_s=49.0, isolated_s=40.0)
-NARROW = Tally(calls=20, macs=20 * 10**9, conv_linear_macs=12 * 10**9, seconds=4.0, engine_s=3.9, isolated_s=4.0)
+WHOLE = Tally(
+    calls=100, macs=400 * 10**9, conv_linear_macs=300 * 10**9, seconds=50.0, engine_s=49.0, isolated_s=40.0,
+    pace=[0.06, 0.065],
+)  # fmt: skip
+NARROW = Tally(
+    calls=20, macs=20 * 10**9, conv_linear_macs=12 * 10**9, seconds=4.0, engine_s=3.9, isolated_s=4.0, pace=[0.1, 0.1]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_r_is_the_part_of_the_promised_speed_up_that_arrives() -> None:
     found = speed_up(NARROW, WHOLE)
+    assert found.pop("r_of_turns") == pytest.approx([0.6, 0.65])
     # A call costs a quarter of the arithmetic, and 0.2 s where the full width takes 0.5 s.
     assert found == pytest.approx({"theoretical": 4.0, "theoretical_conv_linear": 5.0, "realised": 2.5, "r": 0.625})
     assert speed_up(WHOLE, WHOLE)["r"] == 1.0
@@ -64,9 +70,19 @@ def test_a_run_is_compared_with_the_sum_of_its_isolated_calls() -> None:
     assert found["host_share"] == pytest.approx(0.02)
 
 
-def test_net_r_divides_by_what_others_make_of_the_full_width() -> None:
+def test_the_full_width_may_be_torchs() -> None:
     ours = {"s_per_image": 2.0, "theoretical": 2.5}
-    assert net_r({"s_per_image": 10.0}, ours) == pytest.approx(2.0)
+    assert r_over_torch({"s_per_image": 10.0}, ours) == pytest.approx(2.0)
+
+
+def test_the_pace_of_a_turn_is_its_time_over_its_arithmetic(bundle: Bundle) -> None:
+    tally = Tally()
+    with Pipeline.from_bundle(bundle.path, backend="onnxruntime") as pipe:
+        for strategy, seconds in (("uniform:8/8", 3.0), ("uniform:4/8", 1.0)):
+            tally.add(bundle, pipe.plan(strategy, "ddim", 2), seconds)
+    wide, narrow = (2 * 2 * bundle.variants[name].macs / 1e9 for name in ("w032", "w016"))
+    assert tally.pace == pytest.approx([3 / wide, 1 / narrow])
+    assert (tally.calls, tally.seconds) == (4, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +119,7 @@ def test_a_whole_measurement(bundle: Bundle) -> None:
     best = min(peer["s_per_image"] for peer in found["peers"].values())
     assert set(found["peers"]) == {STATIC, SLICED}
     assert found["peers"][found["best_peer"]]["s_per_image"] == best
-    assert found["net_r"] == pytest.approx(best / searched["s_per_image"] / searched["theoretical"])
+    assert found["r_over_torch"] == pytest.approx(best / searched["s_per_image"] / searched["theoretical"])
 
 
 def test_all_calls_of_the_schedule_are_ddpm(bundle: Bundle) -> None:
@@ -169,11 +185,11 @@ def synthetic(calls: int = 100) -> _report.Record:
         peers = {STATIC: pace(WHOLE, calls, 1, 100.0), SLICED: pace(WHOLE, calls, 1, 100.0)}
         return {
             "backend": backend, "precision": "fp32", "batch": 1, "peak_gflops": 100.0, "relative_l2": {},
-            "runs": runs, "peers": peers, "best_peer": STATIC, "net_r": 1.5,
+            "runs": runs, "peers": peers, "best_peer": STATIC, "r_over_torch": 1.5,
         }  # fmt: skip
 
-    slow = Tally(calls=100, macs=200 * 10**9, conv_linear_macs=10**11, seconds=40.0, engine_s=39.0, isolated_s=39.0)
-    fast = Tally(calls=100, macs=200 * 10**9, conv_linear_macs=10**11, seconds=30.0, engine_s=29.7, isolated_s=25.0)
+    slow = Tally(100, 200 * 10**9, 10**11, seconds=40.0, engine_s=39.0, isolated_s=39.0, pace=[0.1, 0.1])
+    fast = Tally(100, 200 * 10**9, 10**11, seconds=30.0, engine_s=29.7, isolated_s=25.0, pace=[0.075, 0.0775])
     return {
         "benchmark": "strategy_latency",
         "machine": "test-2c",
@@ -189,19 +205,21 @@ def synthetic(calls: int = 100) -> _report.Record:
 def test_the_table_says_which_run_it_was() -> None:
     text = details(synthetic())
     assert "fast fp32, batch 1: 100 calls, an even part of the published 1000 (DDIM, η = 1), in turns of 50;" in text
-    row = "| published strategy | 100 | 30.00 | 0.033 | 13 % | 2.00x | 1.67x | 0.83 | 25.00 | 1.200 | 3000 | 1.0 % |"
-    assert row in text
-    assert "| uniform 4/8 | 20 | 20.00 | 0.050 | 10 % | 4.00x | 2.50x | 0.62 | 20.00 | 1.000 | 5000 | 2.5 % |" in text
+    searched = "| 100 | 30.00 | 0.033 | 13 % | 2.00x | 1.67x | 0.83 (0.81 to 0.83) | 25.00 | 1.200 | 3000 | 1.0 % |"
+    uniform = "| 20 | 20.00 | 0.050 | 10 % | 4.00x | 2.50x | 0.62 (0.61 to 0.64) | 20.00 | 1.000 | 5000 | 2.5 % |"
+    assert f"| published strategy {searched}" in text
+    assert f"| uniform 4/8 {uniform}" in text
     assert "1 of 3 runs are within 5 % of the sum of their isolated calls; farthest: full width, 1.250." in text
+    assert "R over the full width in torch: 1.50 with the published strategy (torch fp32, static, " in text
     assert "all 1000 calls of DDPM, as published" in details(synthetic(1000))
 
 
 def test_the_summary_sets_the_fastest_engines_beside_what_was_published() -> None:
     text = summary(synthetic())
     assert "**fast fp32, batch 1: 50.00 s per image at full width, 30.00 s with the published strategy.**" in text
-    assert "R = 0.83, with the full width at 16 % MFU of this machine's own 100 GFLOP/s. Net R = 1.50" in text
-    assert "| slow fp32, batch 1 | 50.00 | 40.00 | 2.00x | 1.25x | 0.62 | 16 % | 1.50 |" in text
-    assert "| published, RTX 3090 | 0.93 | 0.59 | 1.96x (conv+linear) | 1.58x | 0.81 | - | - |" in text
+    assert "R = 0.83 (0.81 to 0.83), with the full width at 16 % MFU of this machine's own 100 GFLOP/s." in text
+    assert "| slow fp32, batch 1 | 500.0 | 400.0 | 2.00x | 1.25x | 0.62 (0.61 to 0.64) | 16 % |" in text
+    assert "| published, RTX 3090 | 0.93 | 0.59 | 1.96x (conv+linear) | 1.58x | 0.81 | - |" in text
     assert str(PUBLISHED["source"]) in text
 
 
