@@ -128,9 +128,7 @@ class Setting:
                 batch_size=self.arguments.batch_size,
             )
             found = evaluate_in_turns(trials, strategies, reference, seed=HOLDOUT_SEED, images=images, report=say)
-            rows = {
-                name: trials.draw(calls, seed=HOLDOUT_SEED, images=images).rows for name, calls in strategies.items()
-            }
+            rows = {name: trials.draw(calls, seed=HOLDOUT_SEED, images=images) for name, calls in strategies.items()}
         judged = []
         for pair in pairs:
             own, rival = pair["own"], pair["rival"]

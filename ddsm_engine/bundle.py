@@ -25,7 +25,7 @@ from ddsm_engine.samplers import PREDICTION_TYPES, PredictionType
 from ddsm_engine.samplers.config import read_config
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import TimeTable
-from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of
+from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of, word
 
 FORMAT = "ddsm-bundle"
 FORMAT_VERSION = 1
@@ -245,9 +245,7 @@ def denoiser_outputs(spec: UNetSpec) -> tuple[TensorInfo, ...]:
 def _signature(inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> str:
     """Inputs and outputs as one reads them: ``sample float32 [batch, 3, 8, 8], … → …``."""
     sides = (
-        ", ".join(
-            f"{brief(t.name)[1:-1]} {brief(t.dtype)[1:-1]} [{', '.join(map(str, t.shape[:8]))}]" for t in side[:4]
-        )
+        ", ".join(f"{word(t.name)} {word(t.dtype)} [{', '.join(map(str, t.shape[:8]))}]" for t in side[:4])
         for side in (inputs, outputs)
     )
     return " → ".join(sides)
@@ -359,8 +357,6 @@ class Bundle:
         manifest = path / MANIFEST
         if not manifest.is_file():
             raise BundleError(f"{path} is not a bundle: {MANIFEST} is missing; make one with ddsm-export SUPERNET.pt")
-        if manifest.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{manifest} is larger than {MAX_MANIFEST_BYTES} bytes; it is not a bundle's manifest")
         try:
             data = parse_json(read_bytes(manifest, MAX_MANIFEST_BYTES))
         except ValueError as error:

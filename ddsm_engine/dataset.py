@@ -2,11 +2,9 @@
 
 import gzip
 import math
-import struct
 import tokenize
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddsm_engine.errors import DataError
-from ddsm_engine.untrusted import one_line
+from ddsm_engine.untrusted import UNREADABLE, one_line, open_archive
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 CIFAR_RECORD = 1 + 3 * 32 * 32
@@ -34,23 +32,8 @@ MAX_PADDING = 4
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """The suffix does not decide: Pillow's other readers (one of them starts a program) are never tried."""
 
-# What readers of arrays, archives and pictures raise on bytes that were not written for them.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    tokenize.TokenError,
-    Image.DecompressionBombError,
-)
+_UNREADABLE = (*UNREADABLE, SyntaxError, tokenize.TokenError, Image.DecompressionBombError)
+"""The headers of arrays are Python, which numpy parses."""
 
 
 def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uint8]:
@@ -59,7 +42,7 @@ def load_images(path: Path, *, channels: int, image_size: int) -> NDArray[np.uin
     Args:
         path: A folder of images; a folder of ``data_batch_*.bin`` (CIFAR-10's binary version); an ``.npz`` or ``.npy``
             array, uint8 [N, H, W] or [N, H, W, C]; an IDX file (``train-images-idx3-ubyte``, plain or gzip).
-        channels: 1 or 3; pictures in a folder are converted.
+        channels: 1 or 3; pictures in a folder are converted, those of 16 bits a channel to their upper eight.
         image_size: Arrays smaller than this are padded with their darkest value (28 → 32), larger ones refused;
             pictures in a folder are cropped to a centred square and resized.
 
@@ -121,7 +104,8 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, expected at most {MAX_PIXELS}")
             square = min(picture.size)
             left, top = (picture.width - square) // 2, (picture.height - square) // 2
-            centre = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + square, top + square))
+            centre = _eight_bits(picture).convert("L" if channels == 1 else "RGB")
+            centre = centre.crop((left, top, left + square, top + square))
             pixels = np.asarray(centre.resize((image_size, image_size), Image.Resampling.LANCZOS))
     except _UNREADABLE as error:
         raise DataError(f"{file} is not a readable image: {one_line(error)}") from error
@@ -129,23 +113,30 @@ def _read_picture(file: Path, channels: int, image_size: int) -> NDArray[np.uint
     return first
 
 
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits by its upper eight, as Pillow reads colour; converted by it, most of it is white."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+
+
 def _read_array(path: Path) -> NDArray[np.uint8]:
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             file.seek(0)
             return _channels_first(_read_npy(file, path.stat().st_size, path))
-        with zipfile.ZipFile(file) as archive:
-            members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
-            if "images" not in members and len(members) != 1:
-                found = [name[:40] for name in members][:8]
-                raise DataError(f"{path} must hold an array named 'images' (or only one array), found {found}")
-            member = members.get("images") or next(iter(members.values()))
-            if not member.filename.endswith(".npy"):
-                raise DataError(f"{path} must hold an array, found bytes of the name {member.filename[:60]!r}")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"its array is compressed by method {member.compress_type}; use numpy.savez")
-            with archive.open(member) as stream:
-                return _channels_first(_read_npy(stream, _most_unpacked(path), path))
+    with open_archive(path) as archive:
+        members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
+        if "images" not in members and len(members) != 1:
+            found = [name[:40] for name in members][:8]
+            raise DataError(f"{path} must hold an array named 'images' (or only one array), found {found}")
+        member = members.get("images") or next(iter(members.values()))
+        if not member.filename.endswith(".npy"):
+            raise DataError(f"{path} must hold an array, found bytes of the name {member.filename[:60]!r}")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"its array is compressed by method {member.compress_type}; use numpy.savez")
+        with archive.open(member) as stream:
+            return _channels_first(_read_npy(stream, _most_unpacked(path), path))
 
 
 def _read_npy(stream: IO[bytes], most: int, path: Path) -> NDArray[np.uint8]:

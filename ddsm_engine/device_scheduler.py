@@ -63,7 +63,7 @@ class DeviceScheduler:
             shape: [B, C, H, W] of a batch.
 
         Raises:
-            BackendError: out of memory.
+            BackendError: out of memory, or the update cannot be compiled; nothing is kept.
         """
         self.device, self.x = device, np.zeros(shape, np.float32)
         self.engines: dict[str, DeviceEngine] = {}
@@ -74,19 +74,24 @@ class DeviceScheduler:
         self._tables: _Tables | None = None
         # What plans need more or less of: slots of the state, columns of time features.
         self._slots, self._feature_buffer = Block(device), Block(device)
-        with device.current():
-            self._output = self._allocate(self.x.nbytes)
-            self._run, self._state = self._allocate(update.RUN.itemsize), self._allocate(update.STATE.itemsize)
-            self._flags, self._flags_address = device.shared(2)
-            source = self._compile()
-            blocks = update.blocks(len(self.x), self.x[0].size)
-            self._update: Callable[[], None] = partial(
-                device.launch, source, update.KERNEL, blocks, update.THREADS, self._run
-            )
+        try:
+            with device.current():
+                self._output = self._allocate(self.x.nbytes)
+                self._run, self._state = self._allocate(update.RUN.itemsize), self._allocate(update.STATE.itemsize)
+                self._flags, self._flags_address = device.shared(2)
+                source = self._compile()
+        except BaseException:
+            self.close()
+            raise
+        blocks = update.blocks(len(self.x), self.x[0].size)
+        self._update: Callable[[], None] = partial(
+            device.launch, source, update.KERNEL, blocks, update.THREADS, self._run
+        )
 
     def add(self, variant: str, engine: DeviceEngine, time_features: int) -> None:
         """Let an engine, opened for this batch size, serve a variant, which reads ``time_features`` columns."""
-        self._forget()
+        with self.device.current():
+            self._forget()
         self._features[variant], self.engines[variant] = time_features, engine
 
     def run(

@@ -132,19 +132,21 @@ class DDSMPipeline(DiffusionPipeline):
         bundle: Path | str,
         *,
         backend: str = "auto",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: Precision = "auto",
         threads: int = 0,
     ) -> "DDSMPipeline":
-        """Open a bundle; the arguments are those of ``ddsm_engine.Pipeline.from_bundle``.
+        """Open a bundle; the arguments are those of ``ddsm_engine.Pipeline.from_bundle``; a device may be torch's.
 
         Its scheduler is the one that the bundle carries, or DDPM as DDSM was published.
 
         Raises:
             BundleError: no bundle, a damaged one, or a scheduler that diffusers does not have.
-            BackendError: a backend that is not installed.
+            BackendError: a backend that is not installed, or a device that is none.
         """
-        engines = Pipeline.from_bundle(bundle, backend=backend, device=device, precision=precision, threads=threads)
+        engines = Pipeline.from_bundle(
+            bundle, backend=backend, device=str(device), precision=precision, threads=threads
+        )
         return cls(engines, scheduler_of(engines.bundle))
 
     def __call__(
@@ -190,10 +192,14 @@ class DDSMPipeline(DiffusionPipeline):
         plan = self.engines.plan(chosen, sampler, steps, eta=eta)
         shape = (batch_size, *self.engines.bundle.manifest.spec.sample_shape)
         noise = _noise_of(generator, shape)
+        # These schedulers draw in every call, and multiply by 0 where a step adds no noise.
+        draws_always = bool(eta) or plan.sampler.startswith("sde-")
 
         with self.progress_bar(total=len(plan.variants)) as bar:
 
             def on_call(call: int, t: float, x: NDArray[Any]) -> None:
+                if draws_always and not plan.update[call, :, -1].any():
+                    noise()
                 if callback_on_step_end is not None:
                     latents = torch.from_numpy(x.copy())
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)

@@ -19,7 +19,7 @@ from pathlib import Path
 from ddsm_engine.bundle import Bundle, Variant, checksum_of
 from ddsm_engine.errors import BackendError, OutputError
 from ddsm_engine.files import SUFFIX, atomic_path, clear_leftovers, write_atomically
-from ddsm_engine.untrusted import brief, parse_json, read_bytes
+from ddsm_engine.untrusted import parse_json, read_bytes, word
 
 ENGINES = "engines"
 ENGINE, SEAL = "engine.bin", "seal.json"
@@ -31,6 +31,9 @@ MAX_SEAL_BYTES = 1 << 16
 MAX_TIMINGS_BYTES = 1 << 30
 MAX_OTHERS = 64
 """Engines for other targets that are looked at for a message."""
+NO_HOME = Path("/nonexistent")
+"""By Debian's policy, section 9.2.3."""
+ELSEWHERE = "XDG_CACHE_HOME chooses another cache folder"
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +47,16 @@ Target = Mapping[str, str | int]
 
 
 def user_cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/ddsm-engine``, or ``~/.cache/ddsm-engine``; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddsm-engine"
+    """``$XDG_CACHE_HOME/ddsm-engine``, or ``~/.cache/ddsm-engine``; it need not exist.
+
+    A user whom the system does not know, as in many containers, has the home of those that have none: it never exists,
+    so nothing is found there, and what must be kept is refused.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = NO_HOME
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "ddsm-engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class EngineCache:
 
     What their builder measured lies beside them in ``timing.cache``, a seal and then the content.
 
-    They lie in the bundle, or in the user's cache folder where the bundle is read-only.
+    They lie in the bundle, or in the user's cache folder where the bundle is read-only or leads elsewhere.
     """
 
     bundle: Bundle
@@ -62,10 +73,11 @@ class EngineCache:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where the engines may lie: in the bundle, then in the user's cache folder."""
+        """Where the engines may lie: in the bundle, unless a link there leaves it, then in the user's cache folder."""
         name = f"{self.target['backend']}-{checksum_of(self.target)[:12]}"
-        checksum = self.bundle.manifest.checksum[:32]
-        return self.bundle.path / ENGINES / name, user_cache_folder() / ENGINES / checksum / name
+        inside = self.bundle.path / ENGINES / name
+        outside = user_cache_folder() / ENGINES / self.bundle.manifest.checksum[:32] / name
+        return (inside, outside) if self.bundle.is_inside(inside) else (outside,)
 
     def load(self, variant: Variant) -> bytes | None:
         """The engine of a variant, or None where none was built; one that is damaged is named in a warning and left.
@@ -92,6 +104,8 @@ class EngineCache:
                     return read_sealed(folder / variant.id, self._subject(variant))
             except BackendError as error:
                 refusal = refusal or error
+            except OSError as error:  # another user's cache folder
+                refusal = refusal or BackendError(f"engines in {folder} cannot be looked for: {error.strerror}")
         if refusal is not None:
             raise refusal
         return None
@@ -106,13 +120,12 @@ class EngineCache:
                 with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                     found = parse_json(read_bytes(seal, MAX_SEAL_BYTES))["target"]
                     if found["backend"] == self.target["backend"]:
-                        yield {brief(name)[1:-1]: brief(str(value))[1:-1] for name, value in found.items()}
+                        yield {word(name): word(value) for name, value in found.items()}
 
     @property
     def kept_in(self) -> Path:
         """The folder that ``store`` writes to."""
-        inside, outside = self.folders
-        return inside if os.access(self.bundle.path, os.W_OK) else outside
+        return self.folders[0 if os.access(self.bundle.path, os.W_OK) else -1]
 
     def store(self, variant: Variant, engine: bytes) -> None:
         """Keep an engine; one that is there is replaced whole.
@@ -132,7 +145,7 @@ class EngineCache:
                 (temporary / ENGINE).write_bytes(engine)
                 (temporary / SEAL).write_text(json.dumps(seal, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"the engine of {variant.id} cannot be kept in {folder}: {error}") from error
+            raise OutputError(f"the engine of {variant.id} cannot be kept in {folder}: {error}; {ELSEWHERE}") from error
 
     def store_timings(self, timings: bytes) -> None:
         """Keep what a builder measured, for its next time; sealed, as compiled kernels are part of it.
@@ -144,7 +157,7 @@ class EngineCache:
         try:
             write_atomically(file, _seal(self._timings_subject(timings), _own_key(make=True)).encode() + timings)
         except OSError as error:
-            raise OutputError(f"the builder's timings cannot be kept in {file}: {error}") from error
+            raise OutputError(f"the builder's timings cannot be kept in {file}: {error}; {ELSEWHERE}") from error
 
     def load_timings(self) -> bytes:
         """What ``store_timings`` kept; empty where there is nothing, or nothing that this user made for this target."""
@@ -191,7 +204,7 @@ def read_sealed(folder: Path, subject: Mapping[str, object] | None = None) -> by
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackendError(f"the engine in {folder} is damaged: its seal cannot be read; remove that folder") from error
     # Nothing of an engine is read before its seal is known to be ours.
-    if not hmac.compare_digest(_seal(sealed, _own_key(make=False)).encode(), str(claimed).encode()):
+    if not hmac.compare_digest(_seal(sealed, _own_key(make=False)).encode(), str(claimed).encode(errors="replace")):
         raise ForeignEngineError(
             f"the engine in {folder} was not built by this user on this machine, and is not loaded"
         )
@@ -209,9 +222,16 @@ def read_sealed(folder: Path, subject: Mapping[str, object] | None = None) -> by
 
 
 def engines_of(bundle: Bundle) -> Iterator[Path]:
-    """The folders of every engine that was kept for a bundle, whatever the target."""
-    for root in (bundle.path / ENGINES, user_cache_folder() / ENGINES / bundle.manifest.checksum[:32]):
-        yield from sorted(path for path in root.glob("*/*") if path.is_dir() and not path.name.endswith(SUFFIX))
+    """The folders of every engine that was kept for a bundle, whatever the target.
+
+    What leaves the bundle by a link, or has a name that cannot be printed, is no engine that was kept.
+    """
+    inside = [path for path in sorted((bundle.path / ENGINES).glob("*/*")) if bundle.is_inside(path)]
+    outside = sorted((user_cache_folder() / ENGINES / bundle.manifest.checksum[:32]).glob("*/*"))
+    for path in (*inside, *outside):
+        target, variant = path.parts[-2:]
+        if path.is_dir() and (target + variant).isprintable() and not variant.endswith(SUFFIX):
+            yield path
 
 
 def _seal(subject: Mapping[str, object], key: bytes) -> str:
@@ -232,6 +252,6 @@ def _own_key(*, make: bool) -> bytes:
 def _read_key(file: Path) -> bytes | None:
     try:
         key = file.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # absent, or not this user's: no seal fits
         return None
     return key if len(key) == KEY_BYTES else None

@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all, whatever kills the process that writes them.
 
-New content is written under a temporary sibling, ``.NAME.RANDOM.ddsm-partial/``, and takes its name by one rename. The
-sibling is locked for as long as its process lives; the next command that writes the same name clears what it finds
-unlocked.
+New content is written in a temporary sibling, as ``.NAME.RANDOM.ddsm-partial/new/NAME``, and takes its name by one
+rename. The sibling is locked for as long as its process lives; the next command that writes the same name clears what
+it finds unlocked.
 """
 
 import ctypes
@@ -19,11 +19,14 @@ from pathlib import Path
 from ddsm_engine.errors import OutputError
 
 SUFFIX = ".ddsm-partial"
-_ASIDE = "replaced"
+_NEW, _OLD = "new", "old"
+"""In a temporary sibling: the folder with what is written, and what it replaces where names cannot be exchanged."""
 
 _AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_OFFERED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+_A_FOLDER_ITSELF = os.O_DIRECTORY | os.O_NOFOLLOW
+"""A pipe of a folder's name is refused, where opening it would wait for a writer."""
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def atomic_path(target: Path, *, replace: bool = True, private: bool = False) ->
 
     Args:
         target: The final name. Missing parents are made.
-        replace: Whether what has this name at the end gives way; it is deleted last.
+        replace: Whether what has this name at the end gives way and is deleted last. Only a folder replaces a folder.
         private: Whether only this user may read it; otherwise the user's umask decides.
 
     Raises:
@@ -42,8 +45,9 @@ def atomic_path(target: Path, *, replace: bool = True, private: bool = False) ->
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked_sibling(target) as sibling:
-        temporary = sibling / target.name
+        temporary = sibling / _NEW / target.name
         try:
+            temporary.parent.mkdir()
             yield temporary
             _give_modes(temporary, 0o600 if private else _ordinary_mode(sibling))
             flush_to_disk(temporary)
@@ -108,7 +112,7 @@ def only_one_process(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds it.
     """
-    with _opened(folder) as lock:
+    with _opened(folder, os.O_DIRECTORY) as lock:
         try:
             _try_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -117,8 +121,8 @@ def only_one_process(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         yield descriptor
     finally:
@@ -129,18 +133,18 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete what killed processes left in a folder while they wrote ``name`` (None: anything).
 
     Where the file system cannot exchange two folders, a kill may have come between moving the old one aside and giving
-    the new one its name; the old one then gets its name back.
+    the new one its name; the old one then gets its name back. What is no folder, or somebody else's, is left.
     """
     for sibling in sorted(folder.glob(f".*{SUFFIX}")):
         written = sibling.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
         if name not in (None, written):
             continue
-        # Its process is alive, or another one cleared it first.
-        with suppress(BlockingIOError, FileNotFoundError), _opened(sibling) as lock:
+        # Its process is alive, another one cleared it first, or it is somebody else's: none of that stops a command.
+        with suppress(OSError), _opened(sibling, _A_FOLDER_ITSELF) as lock:
             if not _try_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 continue
-            if (sibling / _ASIDE).exists() and not _is_there(folder / written):
-                os.replace(sibling / _ASIDE, folder / written)
+            if _is_there(sibling / _OLD) and not _is_there(folder / written):
+                os.replace(sibling / _OLD, folder / written)
             shutil.rmtree(sibling)
 
 
@@ -148,12 +152,18 @@ def _put_in_place(temporary: Path, target: Path, *, replace: bool) -> None:
     try:
         if not replace:
             _rename_to_a_free_name(temporary, target)
-        elif _is_there(target) and (target.is_dir() or temporary.is_dir()):
+        elif temporary.is_dir() and _is_there(target):
             _exchange(temporary, target)
         else:
             os.replace(temporary, target)
     except FileExistsError as error:
         raise OutputError(f"{target} exists already, made by another process meanwhile; it was kept") from error
+    except IsADirectoryError as error:
+        raise _in_the_way(target) from error
+
+
+def _in_the_way(folder: Path) -> OutputError:
+    return OutputError(f"{folder} is a folder, which no file replaces; choose another output")
 
 
 def _rename_to_a_free_name(source: Path, target: Path) -> None:
@@ -168,7 +178,7 @@ def _exchange(temporary: Path, target: Path) -> None:
     """Swap two names in one step, or in the two that ``clear_leftovers`` can finish."""
     if _rename_with(_EXCHANGE, temporary, target):
         return
-    aside = temporary.with_name(_ASIDE)
+    aside = temporary.parents[1] / _OLD
     os.replace(target, aside)
     try:
         os.replace(temporary, target)
@@ -229,7 +239,7 @@ def refuse_existing(path: Path, *, force: bool, marker: str | None = None) -> No
         path: The output.
         force: Whether it may be replaced.
         marker: A file that every folder of this kind holds. A folder without it (unless empty) is somebody's own and is
-            not replaced, whatever ``force`` says; None where the output is no folder.
+            not replaced, whatever ``force`` says; None where the output is a file, which replaces no folder at all.
 
     Raises:
         OutputError: it exists and must not be replaced, or its folder is none or is read-only.
@@ -242,8 +252,13 @@ def refuse_existing(path: Path, *, force: bool, marker: str | None = None) -> No
     clear_leftovers(path.parent, path.name)
     if not force and _is_there(path):
         raise OutputError(f"{path} exists already; choose another output or add --force to replace it")
-    if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).is_file()):
-        raise OutputError(f"{path} is a folder that holds something else, and is not replaced; choose another output")
+    if path.is_dir():
+        if marker is None:
+            raise _in_the_way(path)
+        if any(path.iterdir()) and not (path / marker).is_file():
+            raise OutputError(
+                f"{path} is a folder that holds something else, and is not replaced; choose another output"
+            )
 
 
 def sha256_of(path: Path) -> str:

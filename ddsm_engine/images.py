@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddsm_engine.errors import OutputError
 from ddsm_engine.files import write_atomically
 
 
@@ -21,7 +22,7 @@ def grid(images: NDArray[np.float32], columns: int | None = None, gap: int = 2) 
     """Lay images out in rows.
 
     Args:
-        images: [N, C, H, W] in [-1, 1], one or three channels.
+        images: [N, C, H, W] in [-1, 1]; of more than three channels the first three are shown (see ``check_channels``).
         columns: Images per row; None for a square.
         gap: Pixels between them.
     """
@@ -46,6 +47,16 @@ def png_of(picture: Image.Image) -> bytes:
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
     return encoded.getvalue()
+
+
+def check_channels(channels: int) -> None:
+    """Refuse images that no PNG shows as they are.
+
+    Raises:
+        OutputError: neither one channel nor three.
+    """
+    if channels not in (1, 3):
+        raise OutputError(f"a PNG shows one channel or three, found images of {channels}; write an array: -o FILE.npz")
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Image.Image:

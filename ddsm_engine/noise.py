@@ -5,12 +5,14 @@ into normals. key = the 64 bits of the seed; counter = (element block, call, ima
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from operator import index
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddsm_engine.errors import SamplerError
+from ddsm_engine.untrusted import brief
 
 INITIAL, PER_CALL = 0, 1
 """Streams: the initial state x_T, and the fresh noise of a call."""
@@ -68,13 +70,13 @@ class SeededNoise:
     Small batches draw several calls at once and keep what the next calls will ask for.
 
     Raises:
-        SamplerError: a seed that does not fit 64 bits.
+        SamplerError: a seed that is no whole number of 64 bits.
     """
 
     def __init__(self, seed: int, first_image: int = 0) -> None:
-        if not 0 <= seed < 1 << 64:
-            raise SamplerError(f"a seed is a whole number from 0 to 2**64 - 1, found {seed}")
-        self.seed, self.first_image = seed, first_image
+        if not isinstance(seed, SupportsIndex) or not 0 <= index(seed) < 1 << 64:
+            raise SamplerError(f"a seed is a whole number from 0 to 2**64 - 1, found {brief(seed)}")
+        self.seed, self.first_image = index(seed), first_image  # numpy's own would overflow
         self._buffers: _Buffers | None = None
         self._drawn = INITIAL, range(0)
 

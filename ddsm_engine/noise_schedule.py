@@ -49,7 +49,8 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         """Refuse a schedule that cannot be sampled."""
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise SamplerError(f"betas must satisfy 0 < start ≤ end < 1, found {self.beta_start} … {self.beta_end}")
+            found = f"{brief(self.beta_start)} … {brief(self.beta_end)}"
+            raise SamplerError(f"betas must satisfy 0 < start ≤ end < 1, found {found}")
         if not 2 <= self.timesteps <= 1 << 16:
             raise SamplerError(f"timesteps must be from 2 to 65536, found {brief(self.timesteps)}")
         if self.variance_type not in VARIANCE_TYPES:
@@ -99,9 +100,7 @@ class NoiseSchedule:
         if type(start) not in (int, float) or type(end) not in (int, float) or type(timesteps) is not int:
             found = f"{brief(start)}, {brief(end)}, {brief(timesteps)}"
             raise SamplerError(f"betas must be numbers and timesteps a whole number, found {found}")
-        if start > 1 or end > 1:
-            raise SamplerError(f"betas must satisfy 0 < start ≤ end < 1, found {brief(start)} … {brief(end)}")
-        return cls(float(start), float(end), timesteps, data["variance_type"], data["type"])
+        return cls(start, end, timesteps, data["variance_type"], data["type"])
 
 
 def _float32_linspace(start: float, end: float, count: int) -> NDArray[np.float32]:

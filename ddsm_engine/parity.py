@@ -152,15 +152,17 @@ class VariantParity:
         return self.parity.relative_l2 / self.parity.tolerance
 
 
-def compare_variants(bundle: Bundle, reference: Engines, candidates: Sequence[Engines]) -> Iterator[VariantParity]:
-    """Let every variant answer the probes on the reference and on every candidate.
+def compare_variants(
+    bundle: Bundle, reference: Engines, candidates: Sequence[Engines], batches: Sequence[int] = BATCHES
+) -> Iterator[VariantParity]:
+    """Let every variant answer a probe of each batch size on the reference and on every candidate.
 
     Raises:
         BackendError: an engine that does not open or run, or a reference that is not finite.
     """
     tables = bundle.time_tables()
     for variant in bundle.manifest.variants:
-        probes = make_probes(bundle.spec(variant), tables[variant.id])
+        probes = make_probes(bundle.spec(variant), tables[variant.id], batches)
         expected, *found = (
             answer(partial(open_engine, backend, bundle, variant, options=options), probes)
             for backend, options in (reference, *candidates)
@@ -206,11 +208,15 @@ class TrajectoryParity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """A run that several engines repeat: same plan, same noise."""
+    """A run that several engines repeat: same plan, same noise.
+
+    ``batch_size`` is that of the engines that are compared: of some there is none for any other.
+    """
 
     bundle: Bundle
     plan: Plan
     num_images: int
+    batch_size: int
     seed: int
 
     def compare(self, reference: Engines, candidates: Sequence[Engines]) -> Iterator[TrajectoryParity]:
@@ -219,11 +225,11 @@ class Trajectory:
         Raises:
             BackendError: an engine that does not open or run, or a state that is not finite.
         """
-        expected, reference_seconds = self._draw(reference)
+        expected, reference_seconds = self._draw(reference, choose_batch_size(self.num_images, None))
         held = {self.bundle.variants[variant].precision for variant in self.plan.variants}
         artefact = max(held, key=list(TOLERANCES).index)
         for backend, options in candidates:
-            found, seconds = self._draw((backend, options))
+            found, seconds = self._draw((backend, options), self.batch_size)
             psnr = psnr_db(np.clip(found, -1, 1), np.clip(expected, -1, 1))
             relative_l2, max_abs = distance(found, expected)
             yield TrajectoryParity(
@@ -237,9 +243,8 @@ class Trajectory:
                 reference_seconds=reference_seconds,
             )
 
-    def _draw(self, engines: Engines) -> tuple[Images, float]:
+    def _draw(self, engines: Engines, size: int) -> tuple[Images, float]:
         """The final state, not clipped, and seconds."""
-        size = choose_batch_size(self.num_images, None)
         with Pipeline(self.bundle, *engines) as pipe:
             batches = list(pipe.batches(self.plan, num_images=self.num_images, batch_size=size, seed=self.seed))
         return np.concatenate([batch.x_final for batch in batches]), sum(batch.latency_ms for batch in batches) / 1e3

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from types import TracebackType
+from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from ddsm_engine.samplers import Sampler, SamplerLike, make_sampler
 from ddsm_engine.scheduler import OnCall, Scheduler
 from ddsm_engine.strategy import Strategy, parse_uniform
 from ddsm_engine.trace import HOST, Trace, TraceSegment, segments_from_clock
+from ddsm_engine.untrusted import brief
 
 Images = NDArray[np.float32]
 
@@ -84,6 +87,7 @@ class Pipeline:
         self._device: Device | None = None
         self._on_device: dict[tuple[str, int], DeviceScheduler] = {}
         self._lock = threading.Lock()
+        self._is_closing = False
 
     @classmethod
     def from_bundle(
@@ -136,9 +140,7 @@ class Pipeline:
     ) -> Plan:
         """The calls that a run of these arguments makes; see ``__call__``."""
         resolved = strategy if isinstance(strategy, Strategy) else self.strategy(strategy)
-        if sampler is None and steps is None and resolved.axis == "call":
-            sampler, steps = resolved.sampler, resolved.steps
-        calls = self.sampler(sampler, steps, eta=eta, clip_sample=clip_sample)
+        calls = self.sampler(**resolved.sampling(sampler, steps, eta=eta, clip_sample=clip_sample))
         return compile_plan(resolved, calls, self.bundle.manifest.variants, self.bundle.time_tables())
 
     def sampler(
@@ -267,7 +269,7 @@ class Pipeline:
             source: Injected noise, or None for the seed's.
             skip: Asked with the numbers of a batch's images; True leaves it out.
         """
-        choose_batch_size(num_images, batch_size)
+        batch_size = choose_batch_size(num_images, batch_size)
         seeded = SeededNoise(seed)
         with self._alone():
             scheduler = self._scheduler(plan, batch_size)
@@ -278,9 +280,10 @@ class Pipeline:
                 count = min(batch_size, num_images - first)
                 if skip(range(first, first + count)):
                     continue
+                self._refuse_if_closing()
                 started = time.perf_counter()
                 if on_device is None:
-                    on_call = callback if on_progress is None else _counting(on_progress, callback)
+                    on_call = self._watched(callback, on_progress)
                     clock = scheduler.run(plan, (source or seeded).starting_at(first), on_call)
                 else:
                     clock = on_device.run(plan, seeded.starting_at(first), on_progress=on_progress)
@@ -333,13 +336,34 @@ class Pipeline:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the buffers for one thread."""
+        """Hold the buffers for one run."""
         if not self._lock.acquire(blocking=False):
-            raise BackendError("this Pipeline is running in another thread; open one Pipeline per thread")
+            raise BackendError(
+                "this Pipeline is in the middle of another run: of another thread (open one Pipeline per thread), or "
+                "one whose callback or `batches` is not finished"
+            )
         try:
             yield
         finally:
             self._lock.release()
+            if self._is_closing:
+                self.close()
+
+    def _refuse_if_closing(self) -> None:
+        if self._is_closing:
+            raise BackendError("the pipeline was closed while it ran; close it after the last batch")
+
+    def _watched(self, callback: OnCall | None, on_progress: OnProgress | None) -> OnCall:
+        """The caller's callbacks, and the end of a run whose pipeline was closed meanwhile."""
+
+        def on_call(call: int, t: float, x: Images) -> None:
+            if callback is not None:
+                callback(call, t, x)
+            if on_progress is not None:
+                on_progress(call + 1)
+            self._refuse_if_closing()
+
+        return on_call
 
     def _scheduler(self, plan: Plan, batch_size: int) -> Scheduler:
         spec = self.bundle.manifest.spec
@@ -350,28 +374,44 @@ class Pipeline:
         started = time.perf_counter()
         known = self.bundle.variants
         missing = [known[name] for name in dict.fromkeys(plan.variants) if name not in scheduler.engines]
-        if missing and self.options.device == "cuda" and self._device is None:
-            self._device = open_device(self.backend)
+        if missing and self.options.device == "cuda":
+            if self._device is None:
+                self._device = open_device(self.backend)
+            if key not in self._on_device:
+                self._on_device[key] = DeviceScheduler(self._device, scheduler.x.shape)
         opened = open_engines(self.backend, self.bundle, missing, batch_size, self.options, self._device)
-        for name, engine in opened.items():
-            features = self.bundle.spec(known[name]).time_features
-            scheduler.add(name, engine, features)
-            if isinstance(engine, StagedEngine):
-                if key not in self._on_device:
-                    self._on_device[key] = DeviceScheduler(engine.device, scheduler.x.shape)
-                self._on_device[key].add(name, engine.engine, features)
+        try:
+            for name, engine in opened.items():
+                features = self.bundle.spec(known[name]).time_features
+                if isinstance(engine, StagedEngine):
+                    self._on_device[key].add(name, engine.engine, features)
+                scheduler.add(name, engine, features)  # last: what it holds is not opened again
+        except BaseException:
+            for name in opened.keys() - scheduler.engines.keys():
+                opened[name].close()
+            raise
         self.open_ms += (time.perf_counter() - started) * 1e3
         return scheduler
 
     def close(self) -> None:
-        """Close every engine."""
-        while self._on_device:
-            self._on_device.popitem()[1].close()
-        while self._schedulers:
-            self._schedulers.popitem()[1].close()
-        if self._device is not None:
-            self._device.close()
-            self._device = None
+        """Close every engine; the next run opens them again.
+
+        No engine is closed within a call: a run in progress is refused its next one, and closes them as it ends.
+        """
+        self._is_closing = True  # before the lock is tried, so that who holds it sees this when done
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            while self._on_device:
+                self._on_device.popitem()[1].close()
+            while self._schedulers:
+                self._schedulers.popitem()[1].close()
+            if self._device is not None:
+                self._device.close()
+                self._device = None
+            self._is_closing = False
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -380,17 +420,6 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _counting(on_progress: OnProgress, callback: OnCall | None) -> OnCall:
-    """A callback that also says how many calls are done."""
-
-    def on_call(call: int, t: float, x: Images) -> None:
-        if callback is not None:
-            callback(call, t, x)
-        on_progress(call + 1)
-
-    return on_call
 
 
 class _InjectedNoise:
@@ -430,12 +459,14 @@ def choose_batch_size(num_images: int, wanted: int | None) -> int:
     """The number of images to draw at a time: the wanted one, or ``DEFAULT_BATCH`` for as many images.
 
     Raises:
-        SamplerError: no image, or an empty batch.
+        SamplerError: no image, an empty batch, or no whole number.
     """
-    batch_size = max(1, min(num_images, DEFAULT_BATCH)) if wanted is None else wanted
-    if num_images < 1 or batch_size < 1:
-        raise SamplerError(f"expected at least one image and a batch of one, found {num_images} and {batch_size}")
-    return batch_size
+    given = num_images, num_images if wanted is None else wanted
+    if not all(isinstance(number, SupportsIndex) and index(number) >= 1 for number in given):
+        raise SamplerError(
+            f"expected at least one image and a batch of one, found {brief(given[0])} and {brief(given[1])}"
+        )
+    return min(index(num_images), DEFAULT_BATCH) if wanted is None else index(wanted)
 
 
 def find_bundle(strategy: str, given: str | None, folder: Path) -> Path:

@@ -15,15 +15,21 @@ from ddsm_engine.backends.engine import PRECISIONS
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import atomic_path, clear_leftovers, refuse_existing, write_atomically
-from ddsm_engine.images import grid, save_png
+from ddsm_engine.images import check_channels, grid, save_png
 from ddsm_engine.pipeline import DEFAULT_BATCH, Batch, Pipeline, choose_batch_size, find_bundle
 from ddsm_engine.plan import Plan
 from ddsm_engine.samplers import NAMES
 from ddsm_engine.search.budget import PREFIX, strategy_within
 from ddsm_engine.strategy import Strategy
 from ddsm_engine.trace import HOST, Trace
+from ddsm_engine.untrusted import brief, parse_json, read_bytes
 
 RUN_FILE = "run.json"
+MAX_RUN_BYTES = 1 << 24
+"""Of that file; a strategy of 65,536 segments takes half of it."""
+
+DECISIVE = {"format", "bundle", "seed", "table", "batch_size", "backend", "device", "precision"}
+"""What in that file decides over the images; the rest says in words what the table is, of which there are several."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,8 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.resume and output.exists():
         clear_leftovers(output)
     else:
-        refuse_existing(output, force=arguments.force, marker=RUN_FILE)
+        refuse_existing(output, force=arguments.force, marker=None if output.suffix else RUN_FILE)
     if arguments.trace is not None:
+        _refuse_over_images(arguments.trace, output)
         refuse_existing(arguments.trace, force=arguments.force)
     bundle = find_bundle(arguments.strategy, arguments.bundle, Path.cwd())
     with Pipeline.from_bundle(
@@ -95,12 +102,22 @@ def run(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         threads=arguments.threads,
     ) as pipeline:
+        if output.suffix != ".npz":
+            check_channels(pipeline.bundle.manifest.spec.sample_shape[0])
         job = _Job(pipeline, arguments)
         (job.into_folder if output.suffix == "" else job.into_file)(output)
         trace = pipeline.trace(job.finished, job.batch_size)
     if arguments.trace is not None:
         write_atomically(arguments.trace, (json.dumps(trace.to_json(), indent=1) + "\n").encode())
     _report(trace, job.plan, output, verbose=arguments.verbose)
+
+
+def _refuse_over_images(trace: Path, output: Path) -> None:
+    """Refuse a trace that would replace images, or what a folder of them says they are."""
+    file, images = trace.resolve(), output.resolve()
+    is_theirs = output.suffix != "" or file.suffix == ".png" or file.name == RUN_FILE
+    if file == images or (images in file.parents and is_theirs):
+        raise OutputError(f"--trace {trace} would lie over the images of {output}; choose another name for it")
 
 
 class _Job:
@@ -121,7 +138,11 @@ class _Job:
         found = strategy_within(
             pipeline.bundle, a.strategy,
             backend=a.backend, options=pipeline.options, batch=self.batch_size,
-            sampler=None if a.sampler is None else pipeline.sampler(a.sampler, a.steps).name, steps=a.steps,
+            given={
+                # A sampler's name depends on no number of steps.
+                "sampler": None if a.sampler is None else pipeline.sampler(a.sampler, a.steps or 10).name,
+                "steps": a.steps, "eta": a.eta, "clip_sample": a.clip_sample,
+            },
         )  # fmt: skip
         print(f"{a.strategy}: {found.name}, {found.predicted_ms:.1f} ms an image expected", file=sys.stderr)
         return found.strategy
@@ -158,7 +179,7 @@ class _Job:
         existing: set[int] | None = None
         if self.arguments.resume and folder.exists():
             _check_identity(folder / RUN_FILE, identity)
-            existing = {int(file.stem) for file in folder.glob("[0-9]*.png")}
+            existing = {number for number in range(self.arguments.num_images) if (folder / _picture(number)).is_file()}
 
         def save(batch: Batch) -> None:
             if existing is None and not self.finished:
@@ -166,7 +187,7 @@ class _Job:
                     temporary.mkdir()
                     (temporary / RUN_FILE).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
             for offset, image in enumerate(batch.x_final):
-                save_png(image, folder / f"{batch.first_image + offset:06d}.png")
+                save_png(image, folder / _picture(batch.first_image + offset))
 
         return self._draw(save, existing or set())
 
@@ -203,7 +224,7 @@ class _Job:
         return False
 
     def _identity(self) -> dict[str, Any]:
-        """What every image of a folder has in common; a resumed run must agree with it."""
+        """What every image of a folder has in common; a resumed run must agree with it where ``DECISIVE`` says so."""
         a = self.arguments
         return {
             "format": "ddsm-run",
@@ -217,18 +238,26 @@ class _Job:
             "table": self.plan.checksum,
             "batch_size": self.batch_size,
             "backend": self.pipeline.settle_backend(self.plan, self.batch_size),
+            "device": self.pipeline.options.device,
             "precision": a.precision,
         }
+
+
+def _picture(number: int) -> str:
+    return f"{number:06d}.png"
 
 
 def _check_identity(file: Path, identity: dict[str, Any]) -> None:
     """Refuse to resume a folder that holds other images."""
     try:
-        recorded = json.loads(file.read_bytes())
+        recorded = parse_json(read_bytes(file, MAX_RUN_BYTES))
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} cannot be read, so its folder cannot be resumed: {error}") from error
-    different = sorted(key for key in identity if identity[key] != recorded.get(key))
-    if different:
+    if not isinstance(recorded, dict):
+        raise OutputError(f"{file} is no record of a run, so its folder cannot be resumed: it holds {brief(recorded)}")
+    recorded = {"device": "cpu", **recorded}  # a run of before it was recorded
+    different = [key for key in identity if identity[key] != recorded.get(key)]
+    if DECISIVE.intersection(different):
         raise OutputError(f"{file} records another {', '.join(different)}; resume with the same, or choose another -o")
 
 

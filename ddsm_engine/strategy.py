@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby
+from numbers import Real
+from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import yaml
 
@@ -14,6 +16,7 @@ from ddsm_engine.bundle import Variant
 from ddsm_engine.cost import PUBLISHED_CIFAR10_MMACS
 from ddsm_engine.errors import StrategyError
 from ddsm_engine.files import write_atomically
+from ddsm_engine.samplers import SamplerLike
 from ddsm_engine.untrusted import brief, one_line, parse_json, read_bytes
 
 FORMAT = "ddsm-strategy"
@@ -23,6 +26,8 @@ MAX_YAML_BYTES = 1 << 18
 """Four seconds of the parser at worst; a list of numbers, which YAML does not read, may fill ``MAX_BYTES``."""
 MAX_LENGTH = 1 << 16
 MAX_NAME = 64
+
+_NUMBER = re.compile(r"[0-9]{1,9}(?:/[1-9][0-9]{0,8}|\.[0-9]{0,20})?|\.[0-9]{1,20}")
 
 Choice = Fraction | str
 """A width multiplier (of the full width), or a variant's id."""
@@ -47,12 +52,13 @@ class Strategy:
     """A choice of variant for every entry of an axis.
 
     Attributes:
-        choices: One per entry. On the ``timestep`` axis index 0 is the clean end, which is sampled *last*; on the
-            ``call`` axis index 0 is the first executed call.
+        choices: One per entry; numbers of any kind become exact. On the ``timestep`` axis index 0 is the clean end,
+            which is sampled *last*; on the ``call`` axis index 0 is the first executed call.
         axis: What the entries stand for.
         sampler: The sampler a ``call`` strategy belongs to; None on the timestep axis.
         steps: That sampler's number of steps; None on the timestep axis.
         provenance: Where it came from, as JSON values.
+        options: What that sampler was told beside its steps; see ``ddsm_engine.samplers.Sampler``.
     """
 
     choices: tuple[Choice, ...]
@@ -60,11 +66,17 @@ class Strategy:
     sampler: str | None = None
     steps: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what no run could follow."""
+        """Make every number exact, and refuse what no run could follow."""
         if not 1 <= len(self.choices) <= MAX_LENGTH:
             raise StrategyError(f"a strategy needs 1 to {MAX_LENGTH} entries, found {len(self.choices)}")
+        if not isinstance(self.steps, SupportsIndex | None):
+            raise StrategyError(f"steps must be a whole number, found {brief(self.steps)}")
+        exact = tuple(choice if isinstance(choice, str) else _fraction(choice) for choice in self.choices)
+        object.__setattr__(self, "choices", exact)
+        object.__setattr__(self, "steps", None if self.steps is None else index(self.steps))
         if self.axis not in ("timestep", "call"):
             raise StrategyError(f"axis must be 'timestep' or 'call', found {brief(self.axis)}")
         for choice in set(self.choices):
@@ -74,16 +86,24 @@ class Strategy:
                 raise StrategyError(f"a variant's id has 1 to {MAX_NAME} printable characters, found {brief(choice)}")
         if (self.axis == "call") != (self.sampler is not None and self.steps is not None):
             raise StrategyError("a strategy over calls names its sampler and steps; one over timesteps names neither")
+        _check_options(self.options, self.axis)
 
     @classmethod
     def uniform(cls, choice: float | Choice, timesteps: int) -> "Strategy":
         """One variant for every timestep.
 
         Args:
-            choice: Share of the full width, in (0, 1], or a variant's id.
+            choice: Share of the full width, in (0, 1], as a number or as text (``4/8``), or a variant's id.
             timesteps: Length of the training schedule.
+
+        Raises:
+            StrategyError: a number that is not in (0, 1], or what can be no variant's id.
         """
-        always = choice if isinstance(choice, str) else _fraction(choice)
+        always: Choice
+        if isinstance(choice, str):
+            always = choice if choice[:1].isalpha() else parse_fraction(choice)  # no number begins with a letter
+        else:
+            always = _fraction(choice)
         return cls((always,) * timesteps, provenance={"kind": "uniform"})
 
     @classmethod
@@ -123,6 +143,24 @@ class Strategy:
                 raise StrategyError(f"the strategy asks for {spell(choice)}; the bundle offers {offered}")
         return tuple(by_choice[choice] for choice in self.choices)
 
+    def sampling(
+        self,
+        sampler: SamplerLike | None = None,
+        steps: int | None = None,
+        *,
+        eta: float | None = None,
+        clip_sample: float | None = None,
+    ) -> dict[str, Any]:
+        """The arguments that make the sampler of a run, of which some were given.
+
+        The others are the strategy's own, where it is one over calls; where another sampler was given, only the steps.
+        """
+        given = {"sampler": sampler, "steps": steps, "eta": eta, "clip_sample": clip_sample}
+        own: dict[str, Any] = {"steps": self.steps}
+        if sampler in (None, self.sampler):
+            own |= {"sampler": self.options.get("config", self.sampler), **self.options}
+        return {name: own.get(name) if value is None else value for name, value in given.items()}
+
     def published_mmacs(self) -> float | None:
         """Average 1e6 MACs per entry by the published CIFAR-10 table; None if a width is not in the table."""
         costs = [PUBLISHED_CIFAR10_MMACS.get(c) if isinstance(c, Fraction) else None for c in self.choices]
@@ -134,6 +172,8 @@ class Strategy:
         head: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "axis": self.axis}
         if self.axis == "call":
             head |= {"sampler": self.sampler, "steps": self.steps}
+        if self.options:
+            head["options"] = dict(self.options)
         segments = [{"first": run.first, "last": run.last, **_choice_to_json(run.choice)} for run in self.runs]
         return {**head, "length": len(self.choices), "segments": segments, "provenance": dict(self.provenance)}
 
@@ -186,7 +226,9 @@ class Strategy:
         version = data.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise StrategyError(f"format_version {brief(version)} is unknown; this program reads {FORMAT_VERSION}")
-        allowed = {"format", "format_version", "axis", "length", "segments", "provenance", "sampler", "steps"}
+        allowed = {
+            "format", "format_version", "axis", "length", "segments", "provenance", "sampler", "steps", "options"
+        }  # fmt: skip
         if unknown := sorted(str(key) for key in data.keys() - allowed):
             raise StrategyError(f"unknown fields {brief(unknown)}")
         length, segments, provenance = data.get("length"), data.get("segments"), data.get("provenance", {})
@@ -197,7 +239,8 @@ class Strategy:
         sampler, steps = data.get("sampler"), data.get("steps")
         if not isinstance(sampler, str | None) or type(steps) not in (int, type(None)):
             raise StrategyError(f"sampler must be a name and steps a whole number, found {brief((sampler, steps))}")
-        return cls(_choices(segments, length), data.get("axis", "timestep"), sampler, steps, provenance)
+        axis, options = data.get("axis", "timestep"), data.get("options", {})
+        return cls(_choices(segments, length), axis, sampler, steps, provenance, options)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -263,13 +306,25 @@ def _choices(segments: Sequence[object], length: int) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
+def _check_options(options: object, axis: str) -> None:
+    """Refuse what ``make_sampler`` takes no value of; what it thinks of the value is its own matter."""
+    kinds = {"config": dict, "eta": float | int, "clip_sample": float | int}
+    if not isinstance(options, Mapping) or any(
+        name not in kinds or isinstance(value, bool) or not isinstance(value, kinds[name])
+        for name, value in options.items()
+    ):
+        raise StrategyError(f"options are eta and clip_sample (numbers) and config (a mapping), found {brief(options)}")
+    if options and axis != "call":
+        raise StrategyError("a strategy over timesteps belongs to no sampler, so it has no options for one")
+
+
 def _fraction(value: object) -> Fraction:
     """A width multiplier as an exact fraction: files write 0.375, the widths are eighths (or so) of the full one."""
     if isinstance(value, Fraction):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or value <= 0 or not value <= 1:
         raise StrategyError(f"a width multiplier must be a number in (0, 1], found {brief(value)}")
-    return Fraction(value).limit_denominator(1 << 12)
+    return Fraction(float(value)).limit_denominator(1 << 12)
 
 
 def _choice_to_json(choice: Choice) -> dict[str, Any]:
@@ -290,15 +345,27 @@ def spell(choice: Choice) -> str:
     return f"{eighths.numerator}/8" if eighths.denominator == 1 else f"{choice.numerator}/{choice.denominator}"
 
 
+def spell_sampler(strategy: Strategy) -> str:
+    """What a strategy over calls was made for: ``ddim with 50 steps, clip_sample 1.0``."""
+    told = "".join(f", {option} {brief(value)}" for option, value in strategy.options.items())
+    return f"{strategy.sampler} with {strategy.steps} steps{told}"
+
+
 def parse_uniform(text: str, timesteps: int) -> Strategy:
     """``uniform:4/8``, ``uniform:0.5`` or ``uniform:w064`` → one variant for every timestep.
 
     Raises:
         StrategyError: a number that is not in (0, 1], or what can be no variant's id.
     """
-    word = text.removeprefix("uniform:")
-    try:
-        # An id begins with a letter, which no number does.
-        return Strategy.uniform(word if word[:1].isalpha() else Fraction(word), timesteps)
-    except (ValueError, ZeroDivisionError) as error:
-        raise StrategyError(f"expected uniform:4/8, uniform:0.5 or uniform:ID, found {text!r}") from error
+    return Strategy.uniform(text.removeprefix("uniform:"), timesteps)
+
+
+def parse_fraction(text: str) -> Fraction:
+    """``4/8``, ``0.5`` or ``1`` as an exact number; ``Fraction`` by itself would work out 1e-999999999, too.
+
+    Raises:
+        StrategyError: anything else.
+    """
+    if not _NUMBER.fullmatch(text):
+        raise StrategyError(f"expected a number like 4/8 or 0.5, or the id of a variant, found {brief(text)}")
+    return Fraction(text)

@@ -4,11 +4,17 @@ The bounds are for memory and time. No reader of the project holds more of a for
 """
 
 import errno
+import io
 import json
 import math
 import stat
-from collections.abc import Iterator
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, Literal, Protocol
@@ -22,6 +28,25 @@ MAX_HEADER_BYTES = 4 << 20
 """Of a safetensors file; the state of a training on the CIFAR-10 network has 150 kB. The library takes 100 MB, which
 cost it gigabytes."""
 
+MAX_DIRECTORY_BYTES = 4 << 20
+"""Of an archive's list of its files; a checkpoint of 10,000 tensors has 1e6. Its end claims any size, and the libraries
+read as much at once."""
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What the libraries' readers of archives, arrays and tensors raise on bytes that were not written for them."""
+
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 60
 _REPR.maxlong = 40
@@ -30,6 +55,17 @@ _REPR.maxlong = 40
 def brief(value: object) -> str:
     """``repr``, short enough for one line whatever the value."""
     return _REPR.repr(value)
+
+
+def word(name: object) -> str:
+    """A name as it stands in a sentence: ``brief`` without quotes."""
+    return brief(str(name))[1:-1]
+
+
+def words(names: Collection[object], most: int = 3) -> str:
+    """So many names of a list, and how many more there are."""
+    shown = ", ".join(word(name) for name in islice(names, most)) or "none"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_line(error: BaseException) -> str:
@@ -148,6 +184,37 @@ def shapes_of(opened: TensorFile) -> dict[str, tuple[int, ...]]:
             raise SafetensorError(f"{brief(name)} holds {header.get_dtype()}, expected floating-point numbers")
         shapes[name] = tuple(header.get_shape())
     return shapes
+
+
+class ArchiveFile(io.BufferedReader):
+    """The bytes of a zip archive; whatever the archive claims, more than ``most`` at once are not there.
+
+    That looks like a file that was cut, which zipfile and torch's reader refuse; through the latter, which is C++, an
+    exception would not pass whole.
+    """
+
+    most = MAX_DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read so many bytes; without a number, the rest."""
+        return b"" if size is not None and size > self.most else super().read(size)
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - the library's signature
+        """Fill a buffer."""
+        return 0 if len(buffer) > self.most else super().readinto(buffer)
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive once the size of its directory is known to be sane.
+
+    Raises:
+        BadZipFile: it is none, is damaged, or has a directory of more than ``MAX_DIRECTORY_BYTES``.
+        OSError: it cannot be read, or is a pipe or a device.
+    """
+    with ArchiveFile(io.FileIO(_ordinary(path))) as file, zipfile.ZipFile(file) as archive:
+        file.most = sys.maxsize
+        yield archive
 
 
 def _ordinary(path: Path) -> Path:

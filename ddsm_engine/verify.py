@@ -20,20 +20,41 @@ from ddsm_engine.backends import (
     reads,
 )
 from ddsm_engine.backends.engine import PRECISIONS, EngineOptions, Precision
+from ddsm_engine.backends.tensorrt import LIBRARIES
 from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle
-from ddsm_engine.cli import guarded
-from ddsm_engine.engine_cache import ENGINES, ForeignEngineError, engines_of, read_sealed
+from ddsm_engine.cli import batch_sizes, guarded
+from ddsm_engine.engine_cache import (
+    ENGINES,
+    MAX_SEAL_BYTES,
+    SEAL,
+    ForeignEngineError,
+    Target,
+    engines_of,
+    read_sealed,
+)
 from ddsm_engine.errors import BackendError, DdsmError, StrategyError
-from ddsm_engine.parity import TOLERANCES, Engines, Trajectory, TrajectoryParity, VariantParity, compare_variants
+from ddsm_engine.parity import (
+    BATCHES,
+    TOLERANCES,
+    Engines,
+    Trajectory,
+    TrajectoryParity,
+    VariantParity,
+    compare_variants,
+)
 from ddsm_engine.pipeline import Pipeline, choose_batch_size
 from ddsm_engine.plan import compile_plan
 from ddsm_engine.samplers import make_sampler
 from ddsm_engine.strategy import Strategy
+from ddsm_engine.untrusted import parse_json, read_bytes, words
 
 LOCAL_FOLDERS = (ENGINES, "latency")
 """Caches and measurements of single machines: whatever writes them seals them, the manifest knows none of them."""
 
 DDIM_STEPS = 50
+
+MOST_NAMES = 20
+"""Of files that nothing vouches for; the JSON object has them all."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", choices=CHOICES[1:], help="only this one (default: every one installed for the CPU)")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where --backend runs (default: auto)")
     p.add_argument("--precision", choices=PRECISIONS[1:], help="only this one (default: every one offered here)")
+    p.add_argument(
+        "--batch-size", metavar="N,…",
+        help=f"images per call, each is tried (default: {','.join(map(str, BATCHES))}; of tensorrt what was built)",
+    )  # fmt: skip
     p.add_argument("--threads", type=int, default=0, help="threads per engine (default: the backend's choice)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead; null stands for infinite")
     run = p.add_argument_group("a whole run", "with the same noise as the reference's; reported, not judged")
@@ -83,16 +108,18 @@ def verify(arguments: argparse.Namespace) -> None:
     unvouched = check_files(bundle)
     say(f"{bundle.path}: every file that the manifest vouches for is whole, every strategy fits")
     if unvouched:
-        say(f"not vouched for: {', '.join(unvouched)}")
+        say(f"not vouched for: {words(unvouched, MOST_NAMES)}")
     own, foreign = check_engines(bundle)
     if own or foreign:
-        say(f"engines: {own} whole, {foreign} sealed by another user or machine and never loaded")
+        say(f"engines: {len(own)} whole, {foreign} sealed by another user or machine and never loaded")
     reference, candidates = choose_engines(arguments)
     if not arguments.backend:
         candidates = [engines for engines in candidates if reads(engines[0], bundle)]
-    trajectory = plan_trajectory(bundle, arguments) if arguments.trajectory else None
+    batches = choose_batches(arguments, own)
+    trajectory = plan_trajectory(bundle, arguments, batches) if arguments.trajectory else None
 
-    rows = _table(compare_variants(bundle, reference, candidates), say, VARIANT_HEADER, _variant_line)
+    compared = compare_variants(bundle, reference, candidates, batches or BATCHES)
+    rows = _table(compared, say, VARIANT_HEADER, _variant_line)
     _explain(reference, rows, say)
     beyond = [row for row in rows if row.excess > 1]
     runs: list[TrajectoryParity] = []
@@ -104,7 +131,7 @@ def verify(arguments: argparse.Namespace) -> None:
         report = {
             "bundle": str(bundle.path),
             "not_vouched_for": unvouched,
-            "engines": {"own": own, "foreign": foreign},
+            "engines": {"own": len(own), "foreign": foreign},
             "reference": _spell(reference),
             "variants": [asdict(row) for row in rows],
             "tolerances": {name: asdict(tolerance) for name, tolerance in TOLERANCES.items()},
@@ -135,11 +162,11 @@ def check_files(bundle: Bundle) -> list[str]:
         StrategyError: a strategy that cannot be read, or that this bundle cannot run.
     """
     bundle.verify()
-    manifest, strategies = bundle.manifest, bundle.strategies().values()
-    for file in strategies:
-        _check_strategy(bundle, file)
+    manifest, strategies = bundle.manifest, bundle.strategies()
+    for name in strategies:
+        _check_strategy(bundle, bundle.strategy_file(name))
     known = {MANIFEST, *(variant.file for variant in manifest.variants), *(info.path for info in manifest.files)}
-    vouched = {bundle.path / relative for relative in known} | {*strategies}
+    vouched = {bundle.path / relative for relative in known} | {*strategies.values()}
     present = (file for file in bundle.path.rglob("*") if file.is_symlink() or not file.is_dir())
     others = sorted(file.relative_to(bundle.path) for file in present if file not in vouched)
     return [str(file) for file in others if file.parts[0] not in LOCAL_FOLDERS]
@@ -155,20 +182,21 @@ def _check_strategy(bundle: Bundle, file: Path) -> None:
         raise StrategyError(f"{file}: {error}") from error
 
 
-def check_engines(bundle: Bundle) -> tuple[int, int]:
+def check_engines(bundle: Bundle) -> tuple[list[Target], int]:
     """Check every engine that was kept for a bundle.
 
     Returns:
-        How many are whole and this user's, and how many are somebody else's.
+        What those are for that are whole and this user's, and how many are somebody else's.
 
     Raises:
         BackendError: a damaged one.
     """
-    own = foreign = 0
+    own: list[Target] = []
+    foreign = 0
     for folder in engines_of(bundle):
         try:
             read_sealed(folder)
-            own += 1
+            own.append(parse_json(read_bytes(folder / SEAL, MAX_SEAL_BYTES))["target"])
         except ForeignEngineError:
             foreign += 1
     return own, foreign
@@ -216,23 +244,41 @@ def offered_precisions(backend: str) -> tuple[Precision, ...]:
 
 
 def _precision_on_gpu(backend: str) -> Precision:
-    """TensorRT computes in what the artefacts hold; the others are asked for what the reference computes in."""
-    return "auto" if backend.startswith("tensorrt") else "fp32"
+    """What reads artefacts computes in what they hold; torch is asked for what the reference computes in."""
+    return "fp32" if backend in ("torch", "torch-compile") else "auto"
 
 
-def plan_trajectory(bundle: Bundle, arguments: argparse.Namespace) -> Trajectory:
-    """The run that is asked for.
+def choose_batches(arguments: argparse.Namespace, built: Iterable[Target]) -> tuple[int, ...]:
+    """The batch sizes that were asked for, or else all that a backend has engines for which builds none when it runs.
+
+    Args:
+        arguments: The options.
+        built: What this user's engines are for.
+
+    Raises:
+        BackendError: not positive whole numbers.
+    """
+    if arguments.batch_size is not None:
+        return batch_sizes(arguments.batch_size)
+    if arguments.backend not in LIBRARIES:
+        return ()
+    return tuple(sorted({int(target["batch"]) for target in built if target["backend"] == arguments.backend}))
+
+
+def plan_trajectory(bundle: Bundle, arguments: argparse.Namespace, batches: Sequence[int] = ()) -> Trajectory:
+    """The run that is asked for, in batches of the size that fits its images best, if there is a choice.
 
     Raises:
         DdsmError: a strategy, sampler or number of images that does not fit.
     """
     a = arguments
-    choose_batch_size(a.num_images, None)
+    size = choose_batch_size(a.num_images, None)
+    size = min((batch for batch in batches if batch >= size), default=max(batches, default=size))
     steps = DDIM_STEPS if a.steps is None and a.sampler == "ddim" else a.steps
     strategy = a.strategy or Strategy.uniform(bundle.full.id, bundle.manifest.spec.timesteps)
     with Pipeline(bundle, REFERENCE, EngineOptions()) as pipe:
         plan = pipe.plan(strategy, a.sampler, steps, clip_sample=a.clip_sample)
-    return Trajectory(bundle, plan, a.num_images, a.seed)
+    return Trajectory(bundle, plan, a.num_images, size, a.seed)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

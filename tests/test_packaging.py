@@ -50,6 +50,11 @@ def test_extras_for_missing_libraries_exist() -> None:
         assert any(requirement.startswith(library) for requirement in extras[extra]), library
 
 
+def test_onnx_runtime_on_a_gpu_brings_the_libraries_that_it_loads() -> None:
+    (wanted,) = (r for r in PROJECT["project"]["optional-dependencies"]["gpu"] if r.startswith("onnxruntime-gpu"))
+    assert re.fullmatch(r"onnxruntime-gpu\[cuda,cudnn\]>=[\d.]+", wanted), "without cuDNN and cuBLAS no session opens"
+
+
 def test_torch_never_pulls_a_build_that_was_not_tested() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     found = {r for requirements in extras.values() for r in requirements if r.startswith("torch")}

@@ -86,6 +86,7 @@ def test_the_security_page_states_the_bounds_of_the_code() -> None:
     stated = " ".join(SECURITY.split())
     for words in (
         f"headers {untrusted.MAX_HEADER_BYTES >> 20} MiB",
+        f"directories {untrusted.MAX_DIRECTORY_BYTES >> 20} MiB",
         f"JSON {untrusted.MAX_JSON_DEPTH} levels deep",
         f"at most {bundle.MAX_VARIANTS} variants",
         f"{bundle.MAX_FILE_BYTES >> 30} GiB a file",

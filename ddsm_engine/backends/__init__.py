@@ -12,6 +12,7 @@ from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import EngineCache, Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores
+from ddsm_engine.untrusted import brief
 
 BACKENDS = ("openvino", "onnxruntime", "torch")
 """Those that run on a CPU, in the order ``auto`` prefers them."""
@@ -43,10 +44,24 @@ INSTALL = {
 }
 
 
-def device_of(backend: str, device: str = "auto") -> str:
-    """Where a backend runs: ``auto`` is the GPU for those that run on nothing else, and otherwise the CPU."""
-    if device != "auto":
-        return device
+def device_of(backend: str, device: object = "auto") -> str:
+    """Where a backend runs: ``auto`` is the GPU for those that run on nothing else, and otherwise the CPU.
+
+    Args:
+        backend: Which, or ``auto``.
+        device: One of ``DEVICES``, as torch spells it, too: ``cuda:0`` or a ``torch.device``.
+
+    Raises:
+        BackendError: none of these; of several GPUs it is always the first that is visible.
+    """
+    name = str(device).removesuffix(":0")
+    if name not in DEVICES:
+        raise BackendError(
+            f"expected the device {', '.join(DEVICES)}, found {brief(str(device))}; of several GPUs choose one with "
+            f"CUDA_VISIBLE_DEVICES"
+        )
+    if name != "auto":
+        return name
     return "cuda" if backend in GPU_BACKENDS else "cpu"
 
 

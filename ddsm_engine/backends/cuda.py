@@ -264,7 +264,11 @@ class CudaDevice:
             while self._memory:
                 self._memory.popitem()[1].free()
             del self._stream
+        # To release a primary context pycuda makes it current and leaves it so (2025.1 to 2026.1): whatever next asked
+        # this thread for its context would be given one that is gone.
+        before = _checked(driver.cuCtxGetCurrent(), "its context")
         self._context.detach()
+        _checked(driver.cuCtxSetCurrent(before), "to leave its context")
 
 
 def _embed(graph: Handle, before: list[Handle], part: Captured) -> Handle:

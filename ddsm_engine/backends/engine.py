@@ -10,6 +10,7 @@ from ddsm_engine.bundle import Variant
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores, cpu
+from ddsm_engine.untrusted import brief
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -35,9 +36,13 @@ class EngineOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a number of threads that a library would answer with words of its own."""
-        if not 0 <= self.threads <= MAX_THREADS:
-            raise BackendError(f"expected 0 to {MAX_THREADS} threads, found {self.threads}")
+        """Refuse what a library would answer with words of its own, or with another device."""
+        if self.device not in ("cpu", "cuda"):
+            raise BackendError(f"expected the device cpu or cuda, found {brief(self.device)}")
+        if self.precision not in PRECISIONS:
+            raise BackendError(f"expected a precision of {', '.join(PRECISIONS)}, found {brief(self.precision)}")
+        if type(self.threads) is not int or not 0 <= self.threads <= MAX_THREADS:
+            raise BackendError(f"expected 0 to {MAX_THREADS} threads, found {brief(self.threads)}")
 
 
 class Engine(Protocol):

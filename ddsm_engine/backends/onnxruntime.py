@@ -1,4 +1,4 @@
-"""ONNX Runtime: the same ONNX files on a CPU, or on CUDA where the GPU build is installed."""
+"""ONNX Runtime: the same ONNX files on a CPU; ``onnxruntime_cuda`` has them on a GPU."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,6 @@ from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.untrusted import one_line
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 LOAD_ERRORS = (
     ort_errors.Fail,
@@ -47,21 +45,6 @@ def target(options: EngineOptions, batch: int) -> Target:
     return describe_target("onnxruntime", ort.__version__, resolve_precision(options), options, batch)
 
 
-def provider_of(device: str) -> str:
-    """What computes on a device.
-
-    Raises:
-        BackendError: the installed library does not.
-    """
-    provider = PROVIDERS.get(device)
-    if provider is None or provider not in ort.get_available_providers():
-        raise BackendError(
-            f"ONNX Runtime offers no device {device!r} here (providers: {', '.join(ort.get_available_providers())}); "
-            f"for CUDA: pip uninstall onnxruntime && pip install 'ddsm-engine[gpu]'; otherwise --device cpu"
-        )
-    return provider
-
-
 def check_shapes(kind: str, shapes: Mapping[str, Sequence[int]], nodes: Sequence[ort.NodeArg]) -> None:
     """Compare the inputs or outputs of a network with what it will be given.
 
@@ -83,31 +66,26 @@ def check_shapes(kind: str, shapes: Mapping[str, Sequence[int]], nodes: Sequence
 
 
 class OnnxRuntimeEngine:
-    """One ONNX file in one session, reading and writing bound host buffers."""
+    """One ONNX file in one session on the CPU, reading and writing bound host buffers."""
 
     def __init__(self, model: Path, options: EngineOptions) -> None:
         """Open a session.
 
         Raises:
-            BackendError: the device is not there, the file does not load, or the precision is not offered.
+            BackendError: the file does not load, or the precision is not offered.
         """
         self.precision = resolve_precision(options)
-        provider = provider_of(options.device)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         # Every session has threads of its own. Those of the variant before would still spin when the next one's begin:
         # the first call after a swap took 50 to 90 % longer.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         settings.log_severity_level = 4  # what is wrong is said once, by the error
-        # A provider that cannot start would otherwise be replaced by the CPU without a word.
-        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1" if options.device != "cpu" else "0")
         try:
-            # Its own fallback to the CPU would print lines of its own and go on.
-            self._session = ort.InferenceSession(model, settings, providers=[provider], enable_fallback=0)
+            # Where it refuses a file, its own fallback would print lines of its own and try again.
+            self._session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"], enable_fallback=0)
         except LOAD_ERRORS as error:
             raise BackendError(f"ONNX Runtime cannot open {model}: {one_line(error)}") from error
-        if provider not in self._session.get_providers():
-            raise BackendError(f"ONNX Runtime fell back from {provider} to {self._session.get_providers()} for {model}")
         self._binding = self._session.io_binding()
         self._bound: list[ort.OrtValue] = []
 

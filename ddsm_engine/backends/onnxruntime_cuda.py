@@ -5,15 +5,17 @@ can capture what it does (microsoft/onnxruntime#32081), so that a run is one lau
 such a graph waits for its end.
 """
 
+import io
 import logging
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 # First: it keeps the library from reporting sessions to its maker.
-from ddsm_engine.backends.onnxruntime import LOAD_ERRORS, check_shapes, provider_of
+from ddsm_engine.backends.onnxruntime import LOAD_ERRORS, check_shapes
 
 # isort: split
 import onnxruntime as ort
@@ -27,6 +29,8 @@ from ddsm_engine.untrusted import one_line
 
 log = logging.getLogger(__name__)
 
+PROVIDER = "CUDAExecutionProvider"
+
 GPU = 0
 """Which of those that ``CUDA_VISIBLE_DEVICES`` leaves: the device's."""
 
@@ -38,6 +42,16 @@ NO_GRAPH = -1
 
 BATCH_AXIS = "batch"
 """What artefacts call the dimension that they leave open."""
+
+
+def providers() -> list[str]:
+    """What computes here, once CUDA's libraries and cuDNN are loaded from where pip puts them, unknown to the linker.
+
+    One that is not found is no error yet: what needs it will say so.
+    """
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
+    return list(ort.get_available_providers())
 
 
 def target(options: EngineOptions, batch: int, gpu: DeviceProperties) -> Target:
@@ -73,7 +87,11 @@ class OnnxRuntimeCudaEngine:
             BackendError: the installed library has no CUDA, the precision is not the file's, or it does not load.
         """
         self.precision = artefact_precision(options, variant)
-        self._provider = provider_of("cuda")
+        if PROVIDER not in (offered := providers()):
+            raise BackendError(
+                f"ONNX Runtime offers no device 'cuda' here (providers: {', '.join(offered)}): "
+                f"pip uninstall onnxruntime && pip install 'ddsm-engine[gpu]'; otherwise --device cpu"
+            )
         self._device, self._model, self._batch = device, model, batch
         self._inputs = {tensor.name: tensor.at_batch(batch) for tensor in variant.inputs}
         self._outputs = {tensor.name: tensor.at_batch(batch) for tensor in variant.outputs}
@@ -107,15 +125,11 @@ class OnnxRuntimeCudaEngine:
         }
         try:
             # Its own fallback to the CPU would print lines of its own and go on.
-            session = ort.InferenceSession(
-                self._model, settings, providers=[(self._provider, choices)], enable_fallback=0
-            )
+            session = ort.InferenceSession(self._model, settings, providers=[(PROVIDER, choices)], enable_fallback=0)
         except (*LOAD_ERRORS, RuntimeError) as error:
             raise BackendError(f"ONNX Runtime cannot open {self._model}: {one_line(error)}") from error
-        if session.get_providers()[:1] != [self._provider]:
-            raise BackendError(
-                f"ONNX Runtime fell back from {self._provider} to {session.get_providers()} for {self._model}"
-            )
+        if session.get_providers()[:1] != [PROVIDER]:
+            raise BackendError(f"ONNX Runtime fell back from {PROVIDER} to {session.get_providers()} for {self._model}")
         return session
 
     def _open_without_graphs(self, refused: BaseException) -> None:

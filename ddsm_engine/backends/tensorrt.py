@@ -160,10 +160,13 @@ def open_tensorrt(
     except BackendError as error:
         raise BackendError(f"{error}; build it anew: {again}") from error
     if built is None:
+        nearest = _nearest(cache, variant)
         wanted = ", ".join(f"{word} {cache.target[fact]}" for fact, word in FACTS.items())
+        found = f"one for {', '.join(f'{FACTS[fact]} {is_for}' for fact, is_for in nearest.items())}"
+        instead = f", or run with --batch-size {nearest['batch']}" if [*nearest] == ["batch"] else ""
         raise BackendError(
             f"{variant.id} has no engine of {name} for this machine and call: expected one for {wanted}; found "
-            f"{_nearest(cache, variant)}; build it: {again}"
+            f"{found if nearest else 'none'}; build it: {again}{instead}"
         )
     try:
         return TensorRTEngine(device, trt, built, shapes_at(variant, batch), precision)
@@ -176,15 +179,23 @@ def shapes_at(variant: Variant, batch: int) -> dict[str, tuple[int, ...]]:
     return {info.name: info.at_batch(batch) for info in (*variant.inputs, *variant.outputs)}
 
 
-def _nearest(cache: EngineCache, variant: Variant) -> str:
-    """What the engine that differs least from the wanted one says that it is for."""
+def _nearest(cache: EngineCache, variant: Variant) -> Mapping[str, str]:
+    """What the engine that differs least from the wanted one says that it is for, as far as it differs.
+
+    Of those for other batch sizes alone, it is that of the next larger one, which pads a batch, or else the largest.
+    """
     wanted = cache.target
     differences = [
-        [f"{word} {found.get(fact, 'unknown')}" for fact, word in FACTS.items() if found.get(fact) != str(wanted[fact])]
+        {fact: found.get(fact, "unknown") for fact in FACTS if found.get(fact) != str(wanted[fact])}
         for found in cache.other_targets(variant)
     ]
-    nearest = min(differences, key=len, default=[])
-    return f"one for {', '.join(nearest)}" if nearest else "none"
+
+    def farness(difference: Mapping[str, str]) -> tuple[int, bool, int]:
+        batch = difference.get("batch", "")
+        more = (int(batch) if batch.isdecimal() else 0) - int(wanted["batch"])
+        return len(difference), more < 0, abs(more)
+
+    return min(differences, key=farness, default={})
 
 
 class TensorRTEngine:

@@ -13,10 +13,11 @@ that it does not have to. And libraries keep handles by thread: that call and th
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, ClassVar, Final
+from functools import cache, partial
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,15 +27,11 @@ from ddsm_engine.backends.device import Device, DeviceProperties, describe_gpu_t
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
-from ddsm_engine.networks.inference_form import InferenceForm
+from ddsm_engine.networks.inference_form import DTYPES, InferenceForm
 from ddsm_engine.networks.unet import NormSwish, UNet
 from ddsm_engine.untrusted import one_line
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+log = logging.getLogger(__name__)
 
 MOST_COMPILED = 256
 """Networks that one process compiles, as many as torch counts in all; of one kind, it gives up after eight."""
@@ -79,6 +76,23 @@ def prefers_fused_norms(*, compiled: bool) -> bool:
     the same kind itself, and cannot fuse anything into one that it did not write.
     """
     return not compiled and importlib.util.find_spec("triton") is not None
+
+
+@cache
+def launches_fused_norms(where: torch.device) -> bool:
+    """Try the Triton kernel on one value of a device, which is current; why it does not run is a warning.
+
+    Its first launch compiles Triton's own way to the driver, with a C compiler and ``Python.h``.
+    """
+    try:
+        from ddsm_kernels.group_norm_silu import group_norm_silu
+
+        one = torch.ones(1, device=where)
+        group_norm_silu(one.reshape(1, 1, 1, 1), 1, one, one, 1.0)
+    except Exception as error:  # it asserts, runs other programs, and raises errors of its own
+        log.warning("torch's norms take the place of Triton's and run slower: %s; see `ddsm doctor`", one_line(error))
+        return False
+    return True
 
 
 class FusedNorm(nn.Module):
@@ -200,7 +214,8 @@ class TorchCudaEngine:
             batch: Images per call.
             options: Their precision.
             compiled: By torch's compiler, for this batch size alone.
-            fused_norms: Whether the Triton kernel takes the norms' place; None leaves it to ``prefers_fused_norms``.
+            fused_norms: Whether the Triton kernel takes the norms' place; None leaves it to ``prefers_fused_norms`` and
+                ``launches_fused_norms``.
 
         Raises:
             BackendError: torch cannot use the device, the precision is not there, or the network does not run.
@@ -208,7 +223,8 @@ class TorchCudaEngine:
         self.precision = resolve_precision(options, device.properties)
         self._queue = Queue(device, backend_name(compiled=compiled))
         if fused_norms is None:
-            fused_norms = prefers_fused_norms(compiled=compiled)
+            with self._queue.prepare():
+                fused_norms = prefers_fused_norms(compiled=compiled) and launches_fused_norms(self._queue.where)
         spec, where = network.spec, self._queue.where
         sample = (batch, *spec.sample_shape)
         self._shapes = {"sample": sample, "time_features": (batch, spec.time_features), "out_sample": sample}

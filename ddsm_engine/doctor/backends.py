@@ -40,7 +40,7 @@ class Backend:
         auto_precision: What ``--precision auto`` takes.
         threads: What it starts without ``--threads``; None where that cannot be seen.
         cuda: It ran the model on CUDA, too.
-        cuda_error: Why it did not, where it offers CUDA.
+        cuda_error: Why it did not, where it offers CUDA; of torch, why Triton launches nothing there.
     """
 
     name: str
@@ -108,13 +108,26 @@ def check_backends(backends: Iterable[Backend], libraries: Iterable[Library], gp
             again = _reinstall(backend, required)
             yield Finding("problem", f"{backend.name} runs a model of one operator", backend.error, again)
         elif backend.cuda_error and gpu.devices:
-            again = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'ddsm-engine[gpu]'"
+            again = _repair_on_gpu(backend, required)
             yield Finding("problem", f"{backend.name} on {gpu.devices[0]}", backend.cuda_error, again)
 
 
+def _repair_on_gpu(backend: Backend, required: Mapping[str, str]) -> str:
+    if backend.name == "onnxruntime":
+        return "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'ddsm-engine[gpu]'"
+    return _repair_triton(backend.cuda_error) if backend.name == "torch" else _reinstall(backend, required)
+
+
+def _repair_triton(error: str) -> str:
+    """What its first launch lacks: it compiles its own way to the driver."""
+    if "CalledProcessError" in error or "C compiler" in error:
+        return "sudo apt-get install -y gcc python3-dev"
+    return "sudo /sbin/ldconfig" if "libcuda" in error else "pip install triton"
+
+
 def _reinstall(backend: Backend, required: Mapping[str, str]) -> str:
-    if backend.name == "torch-compile" and "triton" in backend.error.lower():
-        return "pip install triton"
+    if backend.name == "torch-compile" and any(words in backend.error for words in ("riton", "CalledProcessError")):
+        return _repair_triton(backend.error)
     package = PACKAGES.get(backend.name, backend.name)
     if backend.name == "onnxruntime" and "onnxruntime-gpu" in required:
         package = "onnxruntime-gpu"

@@ -3,7 +3,7 @@
 What a library prints, or how it ends its process, is then no concern of the doctor's.
 """
 
-import importlib
+import importlib.util
 import io
 import json
 import sys
@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ddsm_engine.backends import open_device
+from ddsm_engine.backends.device import Device, DeviceEngine, StagedEngine
 from ddsm_engine.backends.engine import Engine, EngineOptions
+from ddsm_engine.bundle import Parity, TensorInfo, Variant
 from ddsm_engine.errors import BackendError
 
 MODEL = Path(__file__).with_name("relu.onnx")
@@ -22,6 +25,14 @@ MODEL = Path(__file__).with_name("relu.onnx")
 X = np.array([[-1.0, 0.0, 0.5, 2.0]], np.float32)
 RELU = np.array([[0.0, 0.0, 0.5, 2.0]], np.float32)
 """Numbers that bf16 holds exactly."""
+
+VARIANT = Variant(
+    id="relu", role="probe", precision="fp32", file=MODEL.name, sha256="", size_bytes=0, width=4,
+    inputs=(TensorInfo(name="x", dtype="float32", shape=("batch", 4)),),
+    outputs=(TensorInfo(name="y", dtype="float32", shape=("batch", 4)),),
+    macs=0, conv_linear_macs=0, params=0, parity=Parity(relative_l2=0, max_abs=0, tolerance=0, backend=""),
+)  # fmt: skip
+"""The model as one of a bundle, of which engines on a GPU are opened."""
 
 
 def run_on(engine: Engine) -> None:
@@ -36,6 +47,19 @@ def run_on(engine: Engine) -> None:
     engine.close()
     if not np.array_equal(y, RELU):
         raise BackendError(f"Relu of {X.tolist()} came out as {y.tolist()}")
+
+
+def run_on_gpu(name: str, open_on: Callable[[Device], DeviceEngine]) -> str:
+    """Open an engine as a run does, on a stream of a GPU, and run the model; returns the GPU's name.
+
+    Raises:
+        BackendError: there is no GPU, or it fails, or gives other numbers.
+    """
+    device = open_device(name)
+    with device.current():
+        engine = open_on(device)
+    run_on(StagedEngine(device, engine, device.close))
+    return device.properties.name
 
 
 def openvino() -> dict[str, Any]:
@@ -64,12 +88,13 @@ def onnxruntime() -> dict[str, Any]:
     # It has no property for this; its pool is one less than it uses, for the caller works, too.
     threads = None if before is None else (_threads() or before) - before + 1
     run_on(engine)
-    import onnxruntime as ort
+    from ddsm_engine.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine, providers
 
-    found = {"offers": ort.get_available_providers(), "auto_precision": engine.precision, "threads": threads}
-    if "CUDAExecutionProvider" in found["offers"]:
+    found: dict[str, Any] = {"offers": providers(), "auto_precision": engine.precision, "threads": threads}
+    if PROVIDER in found["offers"]:
+        options = EngineOptions(device="cuda")
         try:
-            run_on(OnnxRuntimeEngine(MODEL, EngineOptions(device="cuda")))
+            run_on_gpu("onnxruntime", lambda device: OnnxRuntimeCudaEngine(device, MODEL, VARIANT, len(X), options))
             found["cuda"] = True
         except BackendError as error:
             found["cuda_error"] = str(error)
@@ -77,7 +102,7 @@ def onnxruntime() -> dict[str, Any]:
 
 
 def torch() -> dict[str, Any]:
-    """What torch can do here."""
+    """What torch can do here, and on a GPU whether Triton launches our kernel."""
     import torch as library
 
     def relu(device: str) -> None:
@@ -87,14 +112,38 @@ def torch() -> dict[str, Any]:
 
     relu("cpu")
     cuda = library.cuda.is_available()
-    if cuda:
-        relu("cuda")
-    return {
+    found = {
         "offers": [f"CUDA {library.version.cuda}"] if library.version.cuda else [],
         "auto_precision": "fp32",
         "threads": library.get_num_threads(),
         "cuda": cuda,
     }
+    if cuda:
+        relu("cuda")
+        if importlib.util.find_spec("triton") is not None:
+            try:
+                fused_norm("cuda")
+            except Exception as error:  # it asserts, runs other programs, and raises errors of its own
+                found["cuda_error"] = said(error)
+    return found
+
+
+def fused_norm(where: str) -> None:
+    """Launch the kernel that takes the place of torch's norms, and compare.
+
+    Raises:
+        BackendError: it gives other numbers.
+        Exception: whatever Triton raises.
+    """
+    import torch as library
+
+    from ddsm_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+
+    x, weight = library.from_numpy(X.copy()).reshape(1, X.size, 1, 1), library.ones(X.size)
+    expected = group_norm_silu_reference(x, 2, weight, weight, 1e-5)
+    found = group_norm_silu(x.to(where), 2, weight.to(where), weight.to(where), 1e-5).cpu()
+    if not library.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        raise BackendError(f"the fused norm of {X.tolist()} came out as {found.flatten().tolist()}")
 
 
 def tensorrt() -> dict[str, Any]:
@@ -108,8 +157,6 @@ def tensorrt_rtx() -> dict[str, Any]:
 
 
 def _tensorrt(name: str) -> dict[str, Any]:
-    from ddsm_engine.backends import open_device
-    from ddsm_engine.backends.device import StagedEngine
     from ddsm_engine.backends.tensorrt import TensorRTEngine, import_tensorrt
     from ddsm_engine.backends.tensorrt_build import build_engine
 
@@ -119,15 +166,13 @@ def _tensorrt(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"offers": sorted(kinds, key=lambda kind: int(kind[2:]))}
     built = build_engine(trt, MODEL.read_bytes(), {"x": X.shape}, log=io.StringIO())
     try:
-        device = open_device(name)
-        with device.current():
-            engine = TensorRTEngine(device, trt, built.engine, {"x": X.shape, "y": X.shape}, "fp32")
-        run_on(StagedEngine(device, engine))
+        shapes = {"x": X.shape, "y": X.shape}
+        gpu = run_on_gpu(name, lambda device: TensorRTEngine(device, trt, built.engine, shapes, "fp32"))
     except BackendError as error:
         if name == "tensorrt":
             raise
         return found | {"cuda_error": str(error)}
-    return found | {"cuda": True, "device": device.properties.name}
+    return found | {"cuda": True, "device": gpu}
 
 
 def torch_compile() -> dict[str, Any]:

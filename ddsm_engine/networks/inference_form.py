@@ -1,11 +1,15 @@
 """A sub-network as it is run where speed counts: the time projections in one product, the precision in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from ddsm_engine.networks.unet import NormSwish, UNet, swish
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precision → what convolutions and attention compute in."""
 
 
 class Float32Norm(nn.Module):

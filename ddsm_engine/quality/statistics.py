@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def statistics_of(features: Features, real: RealImages) -> Statistics:
     """
     name = checksum_of({"data": real.sha256, "images": len(real.pixels), **features.identity})[:32]
     file = user_cache_folder() / "statistics" / f"{name}.safetensors"
-    if file.is_file():
+    if os.access(file, os.R_OK):  # and not is_file, which another user's folder makes fail
         try:
             return read_statistics(file, data=real.sha256, features=features.identity)
         except MetricError as error:

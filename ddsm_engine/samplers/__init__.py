@@ -5,14 +5,15 @@ Every sampler here equals the diffusers scheduler of its class: same grid, same 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from ddsm_engine.errors import SamplerError
 from ddsm_engine.noise_schedule import NoiseSchedule
-from ddsm_engine.samplers.config import NAMES, Config, checked_config, name_of, named_config, read_config
+from ddsm_engine.samplers.config import NAMES, Config, checked_config, name_of, named_config, read_config, unnamed
 from ddsm_engine.samplers.ddpm import draft_ddim, draft_ddpm
 from ddsm_engine.samplers.dpm_solver import draft_multistep, draft_singlestep
 from ddsm_engine.samplers.euler import draft_euler, draft_heun
@@ -27,6 +28,7 @@ from ddsm_engine.samplers.table import (
     Sampler,
 )
 from ddsm_engine.samplers.unipc import draft_unipc
+from ddsm_engine.untrusted import brief, one_line
 
 __all__ = [
     "NAMES", "PREDICTION_TYPES", "Bound", "Clip", "DynamicThreshold", "PredictionType", "Sampler", "SamplerLike",
@@ -76,12 +78,21 @@ def make_sampler(
     if steps is None and config["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
         raise SamplerError(f"{name} needs a number of steps, 10 to 100 as a rule; name it with --steps")
     count = schedule.timesteps if steps is None else steps
-    if not 1 <= count <= schedule.timesteps:
-        raise SamplerError(f"{name} takes 1 to {schedule.timesteps} steps, found {count}")
+    if not isinstance(count, SupportsIndex) or not 1 <= index(count) <= schedule.timesteps:
+        raise SamplerError(f"{name} takes 1 to {schedule.timesteps} steps, found {brief(count)}")
+    count = index(count)
     bound = _bound(config) if clip_sample is None else Clip(clip_sample)
-    # What a formula cannot divide by comes out as not finite, and is refused when the table is finished.
-    with np.errstate(all="ignore"):
-        return replace(_table(config, schedule, count, prediction_type, eta or 0.0, bound), name=name)
+    # What numpy cannot divide by comes out as not finite, and is refused when the table is finished.
+    try:
+        with np.errstate(all="ignore"):
+            table = _table(config, schedule, count, prediction_type, eta or 0.0, bound)
+    except (ZeroDivisionError, OverflowError, np.linalg.LinAlgError) as error:
+        raise SamplerError(
+            f"{name} with {count} steps cannot be computed ({one_line(error)}); take fewer steps, or another grid, "
+            f"order or final level"
+        ) from error
+    told = {"config": unnamed(config, schedule), "eta": eta, "clip_sample": clip_sample}
+    return replace(table, name=name, options={option: value for option, value in told.items() if value is not None})
 
 
 def _bound(config: Config) -> Bound | None:

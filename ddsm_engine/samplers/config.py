@@ -251,3 +251,14 @@ def name_of(config: Config) -> str:
     default = CLASSES[kind].get("timestep_spacing", ("linspace",))[0]
     grids = [grid for grid, setting in GRIDS.items() if setting.items() <= config.items()]
     return ":".join([name, *(grid for grid in grids if grid != default)])
+
+
+def unnamed(config: Config, schedule: NoiseSchedule) -> Config | None:
+    """What a complete config says beyond its class's defaults; None where its name says it all."""
+    try:
+        if config == named_config(name_of(config), schedule):
+            return None
+    except SamplerError:
+        pass  # a combination that has no name
+    fields = CLASSES[config["_class_name"]]
+    return {field: value for field, value in config.items() if field not in fields or value != fields[field][0]}

@@ -114,6 +114,8 @@ def _multistep(
 ) -> Row:
     """A step from ``levels[0]`` with the predictions at every one of ``levels``, the latest first."""
     here = levels[0]
+    if here == after:
+        return draft.x  # what the formulas tend to, where they would divide by its length
     step = _step(config["algorithm_type"], here, after)
     x: Row = step.of_x * draft.x + step.of_prediction * predictions[0] + step.of_noise * draft.noise
     if len(levels) == 1:
@@ -140,6 +142,8 @@ def _singlestep(
 ) -> Row:
     """A step from the last of ``levels``, where the group started with ``start``, to ``after``; the latest first."""
     here = levels[-1]
+    if here == after:
+        return start
     step = _step(config["algorithm_type"], here, after)
     x: Row = step.of_x * start + step.of_prediction * predictions[-1] + step.of_noise * draft.noise
     ratios = [(level.log_snr - here.log_snr) / step.h for level in levels[:-1]]

@@ -86,7 +86,8 @@ def solver_grid(config: dict[str, Any], schedule: NoiseSchedule, steps: int) -> 
     """The grid of DPM-Solver and UniPC: whole timesteps, of which the last is not yet clean.
 
     ``karras``, ``exponential`` and ``lu`` (even in log SNR) space the levels over the whole schedule; the network is
-    told the nearest trained timestep, or for ``exponential`` the one below.
+    told the nearest trained timestep, or for ``exponential`` the one below. Levels that are spaced down to the last
+    trained one end in a step of no length where the grid ends there, too (``sigma_min``), as diffusers' do.
     """
     ratios = _ratios(schedule)
     spaced = _level_spacing(config, ratios[-1], ratios[0], steps)
@@ -101,15 +102,16 @@ def solver_grid(config: dict[str, Any], schedule: NoiseSchedule, steps: int) -> 
         timesteps = np.floor(timesteps + 1e-6) if below else timesteps.round()
     last = 0.0
     if config["final_sigmas_type"] == "sigma_min":
-        own = config["_class_name"] == "UniPCMultistepScheduler" and spaced is not None
-        last = float(found[-1] if own else ratios[0])
-    ends = np.append(found, last)
-    if not (np.diff(ends) < 0).all():
+        least = float(ratios[0])
+        # UniPC ends where its own levels do. DPM-Solver's end at the last trained one, less a rounding error.
+        own = config["_class_name"] == "UniPCMultistepScheduler" or math.isclose(found[-1], least)
+        last = float(found[-1]) if own and spaced is not None else least
+    if not (np.diff(found) < 0).all() or last > found[-1]:
         raise SamplerError(
             f"{steps} steps on this grid make two calls at one noise level, which {config['_class_name']} cannot; take "
-            f"fewer steps, another grid, or final_sigmas_type zero"
+            f"fewer steps, or another grid"
         )
-    return _grid(timesteps, ends)
+    return _grid(timesteps, np.append(found, last))
 
 
 def _solver_timesteps(

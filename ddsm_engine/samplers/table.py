@@ -1,8 +1,8 @@
 """The table that a sampler is, and the pen that writes it in the notation of the papers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,8 @@ class Clip:
 class DynamicThreshold:
     """Clip each predicted clean image to ± s and divide it by s (Saharia et al. 2022, section 2.3).
 
-    s is a quantile of the image's own magnitudes, kept within 1 … ``largest``. Not linear: a backend that captures a
-    run as a graph cannot take it along.
+    s is a quantile of the image's own magnitudes, at least 1 and at most ``largest``, which goes before. Not linear: a
+    backend that captures a run as a graph cannot take it along.
     """
 
     quantile: float
@@ -45,8 +45,8 @@ class DynamicThreshold:
     def apply(self, x_0: NDArray[np.float32]) -> None:
         """Bound a batch [B, C, H, W], C-contiguous, in place."""
         images = x_0.reshape(len(x_0), -1)
-        most = np.quantile(np.abs(images), self.quantile, axis=1, keepdims=True).clip(1, max(1.0, self.largest))
-        most = most.astype(images.dtype)
+        magnitudes = np.quantile(np.abs(images), self.quantile, axis=1, keepdims=True)
+        most = np.minimum(np.maximum(magnitudes, 1), self.largest).astype(images.dtype)
         np.clip(images, -most, most, out=images)
         np.divide(images, most, out=images)
 
@@ -77,6 +77,8 @@ class Sampler:
         to_x_0: [calls, 2], float64, coefficients of slot 0 and the output in the predicted clean image.
         update: [calls, slots, slots + 3], float64.
         bound: What is done to a predicted clean image; None: nothing, as DDSM was published.
+        options: What ``make_sampler`` was told beside name and steps, as JSON values: ``eta`` and ``clip_sample`` where
+            given, ``config`` where the name does not say it all. With them it makes the same table again.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Sampler:
     to_x_0: NDArray[np.float64]
     update: NDArray[np.float64]
     bound: Bound | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:

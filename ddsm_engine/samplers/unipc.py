@@ -50,6 +50,8 @@ def _step(
     """
     here = levels[0]
     end = levels[-1] if after is None else after
+    if here == end:
+        return x
     h = end.log_snr - here.log_snr
     signed = -h if config["predict_x0"] else h
     grown = math.expm1(signed)

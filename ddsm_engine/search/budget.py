@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import StrategyError
 from ddsm_engine.search.cost import measured_cost
-from ddsm_engine.strategy import Strategy
+from ddsm_engine.strategy import Strategy, spell_sampler
 from ddsm_engine.untrusted import brief
 
 PREFIX = "budget:"
@@ -35,10 +36,11 @@ def strategy_within(
     backend: str,
     options: EngineOptions,
     batch: int,
-    sampler: str | None = None,
-    steps: int | None = None,
+    given: Mapping[str, Any],
 ) -> Affordable:
     """Choose the strategy of the best metric among those that take no longer.
+
+    Where a search was made for the bundle, what it came with is left out: it was judged elsewhere, by other images.
 
     Args:
         bundle: With searched strategies and a latency table of this machine.
@@ -46,27 +48,31 @@ def strategy_within(
         backend: A backend, or ``auto``.
         options: Device, precision and threads.
         batch: Images at a time.
-        sampler: Only strategies for this one.
-        steps: Only strategies for so many.
+        given: ``sampler``, ``steps``, ``eta`` and ``clip_sample``; only strategies for those that are not None.
 
     Raises:
         StrategyError: no budget, nothing searched, several searches that cannot be compared, or nothing that meets it.
         BundleError: no latency table of this machine.
     """
     budget = parse_budget(text)
+    asked = {option: value for option, value in given.items() if value is not None}
     known = {
         name: strategy for name, strategy in searched_strategies(bundle).items()
-        if sampler in (None, strategy.sampler) and steps in (None, strategy.steps)
+        if {**strategy.sampling(), "sampler": strategy.sampler}.items() >= asked.items()
     }  # fmt: skip
+    brought = {Path(info.path).stem for info in bundle.manifest.files if info.path.startswith("strategies/")}
+    known = {name: strategy for name, strategy in known.items() if name not in brought} or known
     if not known:
-        wanted = "" if sampler is None and steps is None else f" for {sampler or 'any sampler'}, {steps or 'any'} steps"
+        wanted = " for " + ", ".join(f"{option} {value}" for option, value in asked.items()) if asked else ""
         raise StrategyError(
             f"{bundle.path} holds no searched strategy{wanted} to choose from; make some: ddsm search {bundle.path}"
         )
-    kinds = {(s.sampler, s.steps, _metric(name, s)[0]) for name, s in known.items()}
+    kinds = {_spell_kind(name, strategy) for name, strategy in known.items()}
     if len(kinds) > 1:
-        found = "; ".join(f"{name}, {count} steps, by {metric}" for name, count, metric in sorted(kinds, key=str))
-        raise StrategyError(f"{bundle.path} holds strategies of several searches ({found}); say --sampler and --steps")
+        raise StrategyError(
+            f"{bundle.path} holds strategies of several searches, which cannot be compared "
+            f"({'; '.join(sorted(kinds))}); say which: --sampler, --steps, --eta, --clip-sample; or name the strategy"
+        )
     took = {}
     for name, strategy in known.items():
         calls = strategy.resolve(bundle.manifest.variants)
@@ -78,7 +84,7 @@ def strategy_within(
             f"no strategy of {bundle.path} can meet {text}: the fastest, {fastest}, takes {took[fastest]:.1f} ms an "
             f"image (batch {batch}); allow more, or search one of fewer steps"
         )
-    best = min(fitting, key=lambda name: (_metric(name, known[name])[1], took[name]))
+    best = min(fitting, key=lambda name: (_score(name, known[name]), took[name]))
     return Affordable(best, known[best], took[best])
 
 
@@ -100,10 +106,22 @@ def searched_strategies(bundle: Bundle) -> dict[str, Strategy]:
     return {name: s for name, s in loaded.items() if s.axis == "call" and s.provenance.get("kind") == "search"}
 
 
-def _metric(name: str, strategy: Strategy) -> tuple[str, float]:
-    """The metric's name and its value on images that the search had not seen."""
+def _spell_kind(name: str, strategy: Strategy) -> str:
+    """What must be the same for two scores to be comparable: a Fréchet distance falls with the number of images."""
+    metric = _metric(name, strategy)
+    return f"{spell_sampler(strategy)}, by {metric['name']} of {metric['images']} images, seed {metric['seed']}"
+
+
+def _score(name: str, strategy: Strategy) -> float:
+    return float(_metric(name, strategy)["value"])
+
+
+def _metric(name: str, strategy: Strategy) -> Mapping[str, Any]:
+    """What a strategy scored on images that the search had not seen, and on which."""
     metric = strategy.provenance.get("metric")
-    kind, value = (metric.get("name"), metric.get("value")) if isinstance(metric, Mapping) else (None, None)
-    if not isinstance(kind, str) or not isinstance(value, (int, float)) or isinstance(value, bool):
+    kinds = {"name": str, "value": int | float, "images": int, "seed": int}
+    if not isinstance(metric, Mapping) or any(
+        isinstance(metric.get(key), bool) or not isinstance(metric.get(key), kind) for key, kind in kinds.items()
+    ):
         raise StrategyError(f"the strategy {name} does not say what it scored; search again, or remove it")
-    return kind, float(value)
+    return metric

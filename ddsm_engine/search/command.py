@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from ddsm_engine.bundle import Bundle
 from ddsm_engine.cli import guarded
 from ddsm_engine.dataset import load_images
 from ddsm_engine.errors import OutputError, StrategyError
-from ddsm_engine.files import clear_leftovers, only_one_process, refuse_existing, write_atomically
+from ddsm_engine.files import clear_leftovers, only_one_process, write_atomically
 from ddsm_engine.images import grid, png_of
 from ddsm_engine.measure.environment import environment
 from ddsm_engine.pipeline import Pipeline, choose_batch_size
@@ -27,7 +28,14 @@ from ddsm_engine.search.cost import CallCost, counted_cost, measured_cost
 from ddsm_engine.search.evaluation import Evaluation, evaluate_in_turns
 from ddsm_engine.search.evolution import GENERATIONS, POPULATION, nsga2, random_search, scalar
 from ddsm_engine.search.fast import best_within, chosen_within, fast_search
-from ddsm_engine.search.record import front_names, put_into_bundle, record_of, spell_front, strategies_of
+from ddsm_engine.search.record import (
+    check_writable,
+    front_names,
+    put_into_bundle,
+    record_of,
+    spell_front,
+    strategies_of,
+)
 from ddsm_engine.search.report import FULL, write_report
 from ddsm_engine.search.sampling import Sampling, add_sampling_options, engine_options
 from ddsm_engine.search.space import Genome, Space, groups_of
@@ -41,6 +49,8 @@ RECORD, REPORT = "search.json", "report.html"
 HOLDOUT_SEED = 1 << 16
 """Added to the seed of every number that is reported."""
 PICTURED = 16
+PUBLISHED_WEIGHT = 0.1
+"""Of a GFLOP, on CIFAR-10."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,8 +80,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--population", type=int, default=POPULATION, help="of nsga2 and scalar (default %(default)s)")
     p.add_argument("--generations", type=int, default=GENERATIONS, help="of these (default %(default)s)")
     p.add_argument(
-        "--weight", type=float, default=0.1,
-        help="of a call's mean cost, added to the metric by scalar (default 0.1, as published for CIFAR-10)",
+        "--weight", type=float,
+        help="of a call's mean cost, added to the metric by scalar (default with --cost gflops: 0.1, as published for "
+        "CIFAR-10)",
     )  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     add_options(p)
@@ -100,7 +111,7 @@ def search(a: argparse.Namespace) -> None:
     cost = counted_cost(bundle) if a.cost == "gflops" else measured_cost(bundle, a.backend, options, a.batch_size)
     output = a.output or a.bundle.with_suffix(".search")
     check_folder(output)
-    refuse_existing(bundle.path / "strategies" / "new.yaml", force=True)  # a bundle that is read-only
+    check_writable(bundle)
     output.mkdir(parents=True, exist_ok=True)
     with (
         only_one_process(output),
@@ -124,8 +135,10 @@ def check_options(a: argparse.Namespace) -> None:
             raise StrategyError(f"--{name} must be at least {value}, found {getattr(a, name)}")
     if a.images % PARTS:
         raise StrategyError(f"--images must be a multiple of {PARTS}, for as many seeds; found {a.images}")
-    if not a.weight >= 0:
-        raise StrategyError(f"--weight must not be negative, found {a.weight}")
+    if a.weight is None and a.method == "scalar" and a.cost != "gflops":
+        raise StrategyError("--method scalar needs --weight, in units of the metric per millisecond, or --cost gflops")
+    if a.weight is not None and not 0 <= a.weight < math.inf:
+        raise StrategyError(f"--weight must be a number of at least 0, found {a.weight}")
 
 
 def check_folder(output: Path) -> None:
@@ -168,7 +181,7 @@ class _Search:
         record = record_of(
             self.trials, self.space, self.cost,
             settings={
-                "method": self.a.method, "seed": self.a.seed, "clip_sample": self.a.clip_sample,
+                "method": self.a.method, "seed": self.a.seed,
                 "images": self.a.images, "holdout_images": self.a.holdout, "holdout_seed": self.a.seed + HOLDOUT_SEED,
                 "environment": environment(),
             },
@@ -187,7 +200,7 @@ class _Search:
                 evolve = partial(nsga2, population=a.population, generations=a.generations, start=start)
                 evolve(self.space, self._assess, seed=a.seed)
             case "scalar":
-                weight = a.weight / sum(self.space.groups)
+                weight = (PUBLISHED_WEIGHT if a.weight is None else a.weight) / sum(self.space.groups)
                 scalar(
                     self.space, self._assess, weight,
                     seed=a.seed, population=a.population, generations=a.generations, start=start,
@@ -255,7 +268,7 @@ class _Search:
         if strategy.axis == "timestep":  # of a schedule of any length
             entries = np.linspace(0, self.pipe.bundle.manifest.noise_schedule.timesteps - 1, len(ids))
         else:
-            entries = self.pipe.sampler(strategy.sampler, strategy.steps).timesteps
+            entries = self.pipe.sampler(**strategy.sampling()).timesteps
         if len(entries) != len(ids):
             raise StrategyError(
                 f"--from: {strategy.sampler} with {strategy.steps} steps makes {len(entries)} calls; the strategy has "
@@ -276,7 +289,7 @@ class _Search:
     def _write(self, record: dict[str, Any], pictures: Mapping[str, bytes]) -> None:
         write_atomically(self.output / RECORD, (json.dumps(record, indent=1) + "\n").encode())
         write_report(record, pictures, self.output / REPORT)
-        kept = strategies_of(record, self.pipe.bundle)
+        kept = strategies_of(record, self.pipe.bundle, self.sampling.sampler)
         put_into_bundle(self.pipe.bundle, kept)
         self.say(f"{self.output / REPORT} shows the search; in {self.pipe.bundle.path}: {', '.join(kept)}")
 

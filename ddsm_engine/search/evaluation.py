@@ -7,7 +7,10 @@ import numpy as np
 
 from ddsm_engine.measure.timing import Timing, summarise
 from ddsm_engine.quality import Interval, basic_interval, bootstrap
-from ddsm_engine.search.trials import Calls, Drawn, Trials, chunks_of
+from ddsm_engine.search.trials import Calls, Drawn, Trials
+
+LEAST_TURNS = 3
+"""That a time is the median of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,10 @@ def evaluate_in_turns(
     images: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Evaluation]:
-    """Draw some images of one strategy, then of the next, and again: a machine whose speed drifts treats them alike.
+    """Draw a batch of one strategy, then of the next, and again: a machine whose speed drifts treats them alike.
+
+    Only turns in which each of them was really drawn count as time; where too few did, for the rest was drawn and kept
+    by a search that was stopped, some are drawn for nothing else.
 
     Args:
         trials: What draws, judges and keeps.
@@ -50,12 +56,16 @@ def evaluate_in_turns(
         images: Of each.
         report: Told when all have drawn as many images.
     """
-    drawn: dict[str, list[Drawn]] = {name: [] for name in strategies}
-    for first, count in chunks_of(images, trials.batch_size):
-        for name, calls in strategies.items():
-            drawn[name].append(trials.draw_chunk(calls, seed, first, count))
+    turns: list[dict[str, Drawn]] = []
+    for first in range(0, images, trials.batch_size):
+        count = min(trials.batch_size, images - first)
+        turns.append({name: trials.draw_batch(calls, seed, first, count) for name, calls in strategies.items()})
         report(f"{first + count} of {images} images of each of {len(strategies)} strategies")
-    rows = {name: np.concatenate([chunk.rows for chunk in chunks]) for name, chunks in drawn.items()}
+    rows = {name: np.concatenate([turn[name].rows for turn in turns]) for name in strategies}
+    taken = [{name: drawn.ms_per_image for name, drawn in turn.items()} for turn in turns]
+    times = [turn for turn in taken if None not in turn.values()]
+    while len(times) < LEAST_TURNS:
+        times.append({name: trials.time_batch(calls) for name, calls in strategies.items()})
     metric = trials.metric
     values = {name: metric.distance(own) for name, own in rows.items()}
     resampled = {name: bootstrap(metric, own) for name, own in rows.items()}
@@ -66,7 +76,7 @@ def evaluate_in_turns(
             basic_interval(values[name], resampled[name]),
             values[name] - values[reference],
             basic_interval(values[name] - values[reference], resampled[name] - resampled[reference]),
-            summarise(np.concatenate([chunk.ms_per_image for chunk in drawn[name]])),
+            summarise(np.array([turn[name] for turn in times])),
         )
         for name, calls in strategies.items()
     }

@@ -40,20 +40,17 @@ def nsga2(
     population: int = POPULATION,
     generations: int = GENERATIONS,
     start: Sequence[Genome] = (),
-) -> list[Genome]:
-    """Search for the front of cost and value.
+) -> None:
+    """Search for the front of cost and value, which is that of all that was assessed.
 
     The first generation is the uniform candidates, ``start``, and random ones; it counts, so that ``population *
     generations`` candidates are assessed, all of them different. There are fewer where the space holds no more or
     crossover finds nothing new, and more where the uniform candidates and ``start`` are more than ``population``.
 
-    Returns:
-        The candidates that no other assessed one dominates, by cost.
-
     Raises:
         ModuleNotFoundError: pymoo is not installed.
     """
-    return _non_dominated(_evolve(space, assess, "nsga2", lambda scores: scores, seed, population, generations, start))
+    _evolve(space, assess, "nsga2", lambda scores: scores, seed, population, generations, start)
 
 
 def scalar(
@@ -65,13 +62,10 @@ def scalar(
     population: int = POPULATION,
     generations: int = GENERATIONS,
     start: Sequence[Genome] = (),
-) -> Genome:
+) -> None:
     """Search for the least value + ``weight`` * cost, as published: NSGA-II with one objective.
 
     Candidates are made and counted as for ``nsga2``.
-
-    Returns:
-        The best of all that were assessed; of several, the cheapest.
 
     Raises:
         ModuleNotFoundError: pymoo is not installed.
@@ -81,18 +75,13 @@ def scalar(
         cost, value = scores
         return (value + weight * cost,)
 
-    assessed = _evolve(space, assess, "scalar", weighted, seed, population, generations, start)
-    return min(assessed, key=lambda genome: (weighted(assessed[genome]), assessed[genome]))
+    _evolve(space, assess, "scalar", weighted, seed, population, generations, start)
 
 
-def random_search(space: Space, assess: Assess, *, seed: int, count: int) -> list[Genome]:
-    """Assess ``count`` different candidates whose genes are drawn independently; fewer where the space holds no more.
-
-    Returns:
-        The candidates that no other assessed one dominates, by cost.
-    """
-    genomes = _random(space, count, (), np.random.default_rng(seed))
-    return _non_dominated({genome: assess(space.calls(genome), "random") for genome in genomes})
+def random_search(space: Space, assess: Assess, *, seed: int, count: int) -> None:
+    """Assess ``count`` different candidates, each gene drawn independently; fewer where the space holds no more."""
+    for genome in _random(space, count, (), np.random.default_rng(seed)):
+        assess(space.calls(genome), "random")
 
 
 def _evolve(
@@ -104,8 +93,7 @@ def _evolve(
     population: int,
     generations: int,
     start: Sequence[Genome],
-) -> dict[Genome, Scores]:
-    """Every candidate that was assessed, in the order asked."""
+) -> None:
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.evaluator import Evaluator
     from pymoo.core.population import Population
@@ -145,7 +133,6 @@ def _evolve(
         scores = np.array([objectives(assessed[genome]) for genome in genomes])
         Evaluator().eval(StaticProblem(problem, F=scores), candidates)
         algorithm.tell(infills=candidates)
-    return assessed
 
 
 def mutated(genes: NDArray[np.int64], variants: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -189,12 +176,3 @@ def _random(space: Space, count: int, taken: Collection[Genome], rng: np.random.
             seen.add(genome)
             genomes.append(genome)
     return genomes
-
-
-def _non_dominated(assessed: Mapping[Genome, Scores]) -> list[Genome]:
-    """By cost; of candidates with the same scores, the one that was asked first."""
-    front: list[Genome] = []
-    for genome in sorted(assessed, key=lambda g: assessed[g]):
-        if not front or assessed[genome][1] < assessed[front[-1]][1]:
-            front.append(genome)
-    return front

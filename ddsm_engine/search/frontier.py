@@ -60,8 +60,10 @@ def solve_front(
     if max_swaps is not None and max_swaps < 0:
         raise StrategyError(f"the number of swaps cannot be less than 0, found {max_swaps}")
     groups, variants = errors.shape
+    if max_swaps is not None and max_swaps >= groups - 1:
+        max_swaps = None  # it bounds nothing
     # Without a bound one layer holds strategies of any number of swaps; with one, layer s those of exactly s.
-    layers = 1 if max_swaps is None else min(max_swaps, groups - 1) + 1
+    layers = 1 if max_swaps is None else max_swaps + 1
     units = max(groups, min(units, MOST_CELLS // (groups * variants * layers)))
     unit = (costs.max(axis=1).sum() + (groups - 1) * swap.max()) / units
     whole, whole_swap = np.rint(costs / unit).astype(int), np.rint(swap / unit).astype(int)

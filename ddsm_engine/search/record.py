@@ -9,6 +9,7 @@ from typing import Any
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.cost import gflops
 from ddsm_engine.errors import OutputError, StrategyError
+from ddsm_engine.files import refuse_existing
 from ddsm_engine.samplers import Sampler
 from ddsm_engine.search.calibration import Calibration
 from ddsm_engine.search.cost import CallCost
@@ -27,9 +28,15 @@ def front_names(sampler: Sampler, best: Sequence[Calls], full: Calls, cost: Call
 
     Of two that cost nearly the same the better one stays, which is the later.
     """
-    stem = f"{sampler.name}{sampler.steps}".replace(":", "-").replace("+", "p")
-    names = {f"{stem}-{100 * cost.of(calls) / cost.of(full):02.0f}": calls for calls in best}
+    names = {_name(sampler, cost.of(calls) / cost.of(full)): calls for calls in best}
+    names.pop(_name(sampler, 1.0), None)  # the full width's own
     return {**names, FULL: full}
+
+
+def _name(sampler: Sampler, share: float) -> str:
+    """Of a strategy in a bundle, beside those of other samplers and of the same one told otherwise."""
+    told = "".join("-own" if key == "config" else f"-{key[:4]}{value:g}" for key, value in sampler.options.items())
+    return f"{sampler.name}{sampler.steps}{told}-{100 * share:02.0f}".replace(":", "-").replace("+", "p")
 
 
 def record_of(
@@ -51,7 +58,7 @@ def record_of(
         trials: What drew and judged.
         space: What could be chosen.
         cost: What was minimised beside the metric.
-        settings: ``method``, ``seed``, ``clip_sample``, ``images``, ``holdout_images``, ``holdout_seed`` and
+        settings: ``method``, ``seed``, ``images``, ``holdout_images``, ``holdout_seed`` and
             ``environment``.
         judged: Candidates and what the images of the search say of them.
         evaluations: The front by name and what other images say of it, the full width last.
@@ -73,7 +80,7 @@ def record_of(
         "seed": settings["seed"],
         "sampler": sampler.name,
         "steps": sampler.steps,
-        "clip_sample": settings["clip_sample"],
+        "options": dict(sampler.options),
         "timesteps": sampler.timesteps.tolist(),
         "groups": list(space.groups),
         "variants": [
@@ -127,19 +134,16 @@ def _front_entry(name: str, found: Evaluation, cost: CallCost, value: float | No
     }
 
 
-def strategies_of(record: Mapping[str, Any], bundle: Bundle) -> dict[str, Strategy]:
-    """The front's strategies by name, less the full width; each says what it scored and how it was found."""
+def strategies_of(record: Mapping[str, Any], bundle: Bundle, sampler: Sampler) -> dict[str, Strategy]:
+    """The front's strategies by name; each says what it scored and how it was found."""
     found = {}
     for entry in record["front"]:
-        if entry["name"] == FULL:
-            continue
         choices = [_choice(bundle, variant) for variant, count in entry["calls"] for _ in range(count)]
         provenance = {
             "kind": "search",
             "bundle": record["manifest"],
             "method": record["method"],
             "seed": record["seed"],
-            "clip_sample": record["clip_sample"],
             "metric": {
                 "name": record["metric"]["name"],
                 "images": record["metric"]["holdout_images"],
@@ -154,7 +158,8 @@ def strategies_of(record: Mapping[str, Any], bundle: Bundle) -> dict[str, Strate
                 "cpu": record["environment"]["cpu"],
             },
         }
-        found[entry["name"]] = Strategy(tuple(choices), "call", record["sampler"], record["steps"], provenance)
+        name = _name(sampler, 1.0) if entry["name"] == FULL else entry["name"]
+        found[name] = Strategy(tuple(choices), "call", sampler.name, sampler.steps, provenance, sampler.options)
     return found
 
 
@@ -163,33 +168,47 @@ def _choice(bundle: Bundle, variant: str) -> Choice:
     return variant if mult is None else Fraction(mult).limit_denominator(1 << 12)
 
 
-def put_into_bundle(bundle: Bundle, found: Mapping[str, Strategy]) -> None:
-    """Replace the strategies that an earlier search for the same sampler and steps left; others stay.
+def check_writable(bundle: Bundle) -> None:
+    """Refuse, before hours of searching, a bundle that no strategy could be put into.
 
     Raises:
-        OutputError: a name that the bundle's export gave to another one.
+        OutputError: it is read-only, or its ``strategies`` lead elsewhere.
     """
+    folder = bundle.path / "strategies"
+    if not bundle.is_inside(folder):
+        raise OutputError(f"{folder} cannot be written: it is a link that leaves the bundle; remove the link")
+    refuse_existing(folder / "new.yaml", force=True)
+
+
+def put_into_bundle(bundle: Bundle, found: Mapping[str, Strategy]) -> None:
+    """Replace the strategies that an earlier search for the same sampler, told the same, left; others stay.
+
+    Raises:
+        OutputError: a name that the bundle's export gave to another one, or as ``check_writable``.
+    """
+    check_writable(bundle)
+    folder = bundle.path / "strategies"
     exported = {Path(info.path).stem for info in bundle.manifest.files if info.path.startswith("strategies/")}
     for name in found:
         if name in exported:
             raise OutputError(f"{bundle.path} was exported with a strategy of the name {name}; it is kept")
-    own = {(strategy.sampler, strategy.steps) for strategy in found.values()}
+    own = [(strategy.sampler, strategy.steps, strategy.options) for strategy in found.values()]
     old = {
         name: file for name, file in bundle.strategies().items()
         if name not in exported and name not in found and _is_searched(file, own)
     }  # fmt: skip
     for name, strategy in found.items():
-        strategy.save(bundle.path / "strategies" / f"{name}.yaml")
+        strategy.save(folder / f"{name}.yaml")
     for file in old.values():
         file.unlink()
 
 
-def _is_searched(file: Path, own: set[tuple[str | None, int | None]]) -> bool:
+def _is_searched(file: Path, own: Sequence[tuple[str | None, int | None, Mapping[str, Any]]]) -> bool:
     try:
         strategy = Strategy.load(file)
     except StrategyError:
         return False  # somebody's own
-    return strategy.provenance.get("kind") == "search" and (strategy.sampler, strategy.steps) in own
+    return strategy.provenance.get("kind") == "search" and (strategy.sampler, strategy.steps, strategy.options) in own
 
 
 def spell_front(record: Mapping[str, Any]) -> str:

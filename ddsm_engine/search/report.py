@@ -106,12 +106,13 @@ def _paragraph(text: str) -> str:
 
 def _facts(record: Record) -> str:
     cost, metric, machine = record["cost"], record["metric"], record["environment"]
-    calls, groups, clip = len(record["timesteps"]), len(record["groups"]), record["clip_sample"]
-    clipped = "" if clip is None else f", x_0 clipped to ±{clip:g}"
+    calls, groups = len(record["timesteps"]), len(record["groups"])
+    said = {"eta": "eta {:g}", "clip_sample": "x_0 clipped to ±{:g}", "config": "a config of its own"}
+    told = "".join(f", {said[option].format(value)}" for option, value in record["options"].items())
     known = (("cpu", "{}"), ("cores", "{} cores"), ("date", "{}"), ("commit", "commit {}"))
     facts = {
         "bundle": f"{record['bundle']} (manifest {record['manifest'][:16]})",
-        "sampler": f"{record['sampler']}, {_many(record['steps'], 'step')}, {_many(calls, 'call')}{clipped}",
+        "sampler": f"{record['sampler']}, {_many(record['steps'], 'step')}, {_many(calls, 'call')}{told}",
         "search": f"{METHODS.get(record['method'], record['method'])}, seed {record['seed']}: one of "
         f"{_many(len(record['variants']), 'variant')} for each of {_many(groups, 'group')} of calls",
         "metric": f"{metric['name']} of {metric['images']:,} images (seed {metric['seed']}), for the front of "

@@ -19,7 +19,7 @@ from ddsm_engine.pipeline import DEFAULT_BATCH, Pipeline
 from ddsm_engine.plan import Plan
 from ddsm_engine.quality import Images, Metric, choose_metric
 from ddsm_engine.samplers import Sampler
-from ddsm_engine.strategy import Strategy
+from ddsm_engine.strategy import Strategy, spell_sampler
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +71,13 @@ class Sampling:
         Raises:
             StrategyError: the strategies belong to several samplers.
         """
-        sampler, steps = arguments.sampler, arguments.steps
-        own = {(strategy.sampler, strategy.steps) for strategy in strategies if strategy.axis == "call"}
-        if sampler is None and steps is None and own:
-            if len(own) > 1:
-                found = " and to ".join(f"{name} with {count} steps" for name, count in sorted(own, key=str))
-                raise StrategyError(f"the strategies belong to {found}; take those of one sampler together")
-            sampler, steps = own.pop()
-        options = {"sampler": sampler, "steps": steps, "eta": arguments.eta, "clip_sample": arguments.clip_sample}
-        return cls(pipeline, options, arguments.batch_size)
+        given = {name: getattr(arguments, name) for name in ("sampler", "steps", "eta", "clip_sample")}
+        over_calls = {spell_sampler(s): s.sampling(**given) for s in strategies if s.axis == "call"}
+        found = list(over_calls.values())
+        if any(other != found[0] for other in found):
+            belong = " and to ".join(sorted(over_calls))
+            raise StrategyError(f"the strategies belong to {belong}; take those of one sampler together")
+        return cls(pipeline, found[0] if found else given, arguments.batch_size)
 
     @cached_property
     def sampler(self) -> Sampler:

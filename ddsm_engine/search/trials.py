@@ -17,7 +17,7 @@ from ddsm_engine.backends import engine_target
 from ddsm_engine.bundle import checksum_of
 from ddsm_engine.errors import OutputError
 from ddsm_engine.files import atomic_path
-from ddsm_engine.pipeline import Pipeline
+from ddsm_engine.pipeline import Batch, Pipeline
 from ddsm_engine.plan import Plan, plan_calls
 from ddsm_engine.quality import Metric, Rows
 from ddsm_engine.samplers import Sampler
@@ -31,24 +31,22 @@ MAX_JOURNAL_BYTES = 1 << 28
 PARTS = 5
 """Seeds that the images of a search come from, as many of each: what one seed would have chosen is known for five."""
 
-CHUNK = 64
-"""Images of one seed that are drawn and kept together, at most: a minute's work, that a kill may cost."""
-
 Calls = tuple[str, ...]
 """The variant of every call, first executed call first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Images of a candidate as a metric knows them.
+    """A batch of a candidate's images as a metric knows them.
 
     Attributes:
         rows: [N, F], see ``ddsm_engine.quality.Metric.describe``.
-        ms_per_image: [batches], wall time of every batch of a whole run over the images in it.
+        ms_per_image: Wall time of the run over the images of a batch; None where they were kept: the machine may have
+            been another one then.
     """
 
     rows: Rows
-    ms_per_image: np.ndarray[tuple[int], np.dtype[np.float64]]
+    ms_per_image: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ class Trials:
         self.evaluations[origin] = self.evaluations.get(origin, 0) + images * len(calls)
         entry = self._journal.get(key)
         if entry is None:
-            each = [self.draw(calls, seed=seed + part, images=images // PARTS).rows for part in range(PARTS)]
+            each = [self.draw(calls, seed=seed + part, images=images // PARTS) for part in range(PARTS)]
             found = Judgement(
                 self.metric.distance(np.concatenate(each)), tuple(self.metric.distance(rows) for rows in each)
             )
@@ -133,37 +131,39 @@ class Trials:
         """Which part of the search was the first to ask for a candidate that was judged."""
         return self._origins[calls]
 
-    def draw(self, calls: Calls, *, seed: int, images: int) -> Drawn:
-        """Describe the first ``images`` images of a seed, chunk by chunk; kept ones are not drawn again."""
-        chunks = [self.draw_chunk(calls, seed, first, count) for first, count in chunks_of(images, self.batch_size)]
-        return Drawn(
-            np.concatenate([chunk.rows for chunk in chunks]), np.concatenate([chunk.ms_per_image for chunk in chunks])
-        )
+    def draw(self, calls: Calls, *, seed: int, images: int) -> Rows:
+        """Describe the first ``images`` images of a seed, batch by batch; kept ones are not drawn again."""
+        size = self.batch_size
+        batches = [self.draw_batch(calls, seed, first, min(size, images - first)) for first in range(0, images, size)]
+        return np.concatenate([batch.rows for batch in batches])
 
-    def draw_chunk(self, calls: Calls, seed: int, first: int, count: int) -> Drawn:
-        """Describe ``count`` images of a seed from the ``first`` one on, which begins a batch."""
+    def draw_batch(self, calls: Calls, seed: int, first: int, count: int) -> Drawn:
+        """Describe ``count`` images of a seed from the ``first`` one on: a batch, or what is left of the last one."""
         file = None
         if self._folder is not None:
             file = self._folder / ROWS / f"{self._key(calls, seed, count, first=first)[:32]}.safetensors"
             if (kept := _read_rows(file)) is not None:
-                return kept
-        batches = self.pipeline.batches(
+                return Drawn(kept, None)
+        (batch,) = self.pipeline.batches(
             self.plan(calls),
             num_images=first + count,
             batch_size=self.batch_size,
             seed=seed,
             skip=lambda numbers: numbers.stop <= first,
         )
-        rows, times = [], []
-        for batch in batches:
-            rows.append(self.metric.describe(np.clip(batch.x_final, -1, 1)))
-            # A padded batch takes as long as a whole one.
-            times.append(batch.latency_ms / self.batch_size)
-        drawn = Drawn(np.concatenate(rows), np.array(times))
+        rows = self.metric.describe(np.clip(batch.x_final, -1, 1))
         if file is not None:
             with atomic_path(file) as temporary:
-                save_file({"rows": drawn.rows, "ms_per_image": drawn.ms_per_image}, temporary)
-        return drawn
+                save_file({"rows": rows}, temporary)
+        return Drawn(rows, self._ms_per_image(batch))
+
+    def time_batch(self, calls: Calls) -> float:
+        """Milliseconds an image of one batch, drawn for nothing else."""
+        (batch,) = self.pipeline.batches(self.plan(calls), num_images=self.batch_size, batch_size=self.batch_size)
+        return self._ms_per_image(batch)
+
+    def _ms_per_image(self, batch: Batch) -> float:
+        return batch.latency_ms / self.batch_size  # a padded batch takes as long as a whole one
 
     def _key(self, calls: Calls, seed: int, images: int, *, first: int = 0) -> str:
         """A checksum of everything that an answer depends on."""
@@ -189,12 +189,6 @@ class Trials:
             os.fsync(file.fileno())
 
 
-def chunks_of(images: int, batch_size: int) -> list[tuple[int, int]]:
-    """(first image, number of images) of each chunk; every chunk but the last is whole batches."""
-    size = max(batch_size, CHUNK // batch_size * batch_size)
-    return [(first, min(size, images - first)) for first in range(0, images, size)]
-
-
 def run_lengths(calls: Sequence[str]) -> list[list[str | int]]:
     """``[["w064", 12], ["w032", 38]]``: what journals and reports say of a candidate."""
     return [[variant, len(list(group))] for variant, group in groupby(calls)]
@@ -206,13 +200,13 @@ def spell_calls(calls: Sequence[str]) -> str:
     return ", ".join(parts if len(parts) <= 8 else [*parts[:7], f"… {len(parts) - 7} more"])
 
 
-def _read_rows(file: Path) -> Drawn | None:
+def _read_rows(file: Path) -> Rows | None:
     """What was kept, or None; a damaged file is drawn again."""
     if not file.is_file():
         return None
     try:
         with open_safetensors(file, "np") as opened:
-            return Drawn(opened.get_tensor("rows"), opened.get_tensor("ms_per_image"))
+            return np.asarray(opened.get_tensor("rows"))
     except (OSError, SafetensorError) as error:
         log.warning("%s is damaged and is drawn again: %s", file, error)
         return None

@@ -3,16 +3,16 @@
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddsm_engine.bundle import MANIFEST, Bundle
 from ddsm_engine.cli import guarded
-from ddsm_engine.errors import CheckpointError, OutputError, SpecError
+from ddsm_engine.errors import CheckpointError, OutputError, SpecError, StrategyError
 from ddsm_engine.files import refuse_existing
 from ddsm_engine.spec import UNetSpec
-from ddsm_engine.untrusted import brief
+from ddsm_engine.strategy import parse_fraction
+from ddsm_engine.untrusted import brief, words
 
 if TYPE_CHECKING:
     from ddsm_export.checkpoints import Expert, Facts
@@ -143,7 +143,7 @@ def _differing(one: "Expert", other: "Expert") -> str:
     mine, theirs = one.scheduler_config, other.scheduler_config
     names = sorted((mine.keys() | theirs.keys()) - {"_diffusers_version"})
     names = [name for name in names if mine.get(name) != theirs.get(name)]
-    return ", ".join(brief(name)[1:-1] for name in names[:5])
+    return words(names, most=5)
 
 
 def export_to_diffusers(arguments: argparse.Namespace) -> None:
@@ -219,9 +219,9 @@ def parse_widths(text: str, spec: UNetSpec) -> tuple[int, ...]:
     widths = []
     for item in text.split(","):
         try:
-            value = Fraction(item.strip())
-        except (ValueError, ZeroDivisionError) as error:
-            raise SpecError(f"--widths takes channels (32,64) or eighths (2/8,4/8), found {item!r}") from error
+            value = parse_fraction(item.strip())
+        except (StrategyError, ZeroDivisionError) as error:
+            raise SpecError(f"--widths takes channels (32,64) or eighths (2/8,4/8), found {brief(item)}") from error
         exact = value * spec.base_channels if "/" in item or "." in item else value
         if exact.denominator != 1:
             raise SpecError(f"{item.strip()} of {spec.base_channels} channels is not a whole number")

@@ -2,16 +2,16 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ddsm_engine.bundle import denoiser_inputs, denoiser_outputs
 from ddsm_engine.errors import OutputError
-from ddsm_engine.networks.inference_form import InferenceForm
+from ddsm_engine.networks.inference_form import DTYPES, InferenceForm
 from ddsm_engine.networks.unet import UNet
 
 OPSETS = range(17, 22)
@@ -24,11 +24,6 @@ BF16_OPSET = 22
 """The first in which a convolution may compute in bf16, and the only one that artefacts in bf16 are written in."""
 
 ArtefactPrecision = Literal["fp32", "fp16", "bf16"]
-
-DTYPES: Final[Mapping[ArtefactPrecision, torch.dtype]] = {
-    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-}  # fmt: skip
-"""What convolutions and attention of an artefact compute in."""
 
 
 def choose_opset(precision: ArtefactPrecision, wanted: int | None) -> int:

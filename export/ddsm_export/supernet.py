@@ -19,7 +19,7 @@ from ddsm_engine.networks.slicing import empty_unet
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import TimeTable
-from ddsm_engine.untrusted import brief, open_safetensors, parse_json, shapes_of
+from ddsm_engine.untrusted import brief, open_safetensors, parse_json, shapes_of, words
 
 FORMAT = "ddsm-supernet"
 FORMAT_VERSION = 1
@@ -71,16 +71,11 @@ def _check_shapes(spec: UNetSpec, found: Mapping[str, tuple[int, ...]]) -> None:
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys() - {TIME_TABLE_KEY})
     if missing or unknown:
         raise CheckpointError(
-            f"the weights do not fit the architecture: missing {_some(missing)}, unexpected {_some(unknown)}"
+            f"the weights do not fit the architecture: missing {words(missing)}, unexpected {words(unknown)}"
         )
     for name, shape in (expected | {TIME_TABLE_KEY: (spec.timesteps, spec.time_features)}).items():
         if found.get(name, shape) != shape:
             raise CheckpointError(f"{name} must have the shape {shape}, found {brief(found[name])}")
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(brief(name)[1:-1] for name in names[:3]) or "none"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def save_supernet(supernet: Supernet, path: Path, dtype: torch.dtype = torch.float32) -> None:

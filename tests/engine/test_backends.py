@@ -1,13 +1,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from ddsm_engine.backends import BACKENDS, choose_backend, engine_target, open_engine
+from ddsm_engine.backends import BACKENDS, choose_backend, device_of, engine_target, open_engine
 from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 from ddsm_engine.bundle import Bundle
@@ -157,3 +158,39 @@ def test_onnx_runtime_s_threads_stop_when_a_call_ends(bundle: Bundle) -> None:
     engine = OnnxRuntimeEngine(bundle.artefact(bundle.full), FP32)
     assert engine._session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "expected"),
+    [
+        ("auto", "auto", "cpu"),
+        ("tensorrt", "auto", "cuda"),
+        ("torch", "cuda:0", "cuda"),
+        ("torch", torch.device("cuda"), "cuda"),
+        ("torch", torch.device("cuda", 0), "cuda"),
+        ("tensorrt", torch.device("cpu"), "cpu"),
+    ],
+)
+def test_a_device_may_be_spelled_as_torch_does(backend: str, device: object, expected: str) -> None:
+    assert device_of(backend, device) == expected
+
+
+@pytest.mark.parametrize("device", ["gpu", "CPU", "cuda:1", torch.device("cuda", 1), "", None])
+def test_a_device_that_is_none_is_refused_and_not_replaced(device: object) -> None:
+    with pytest.raises(BackendError, match=r"expected the device auto, cpu, cuda, found .* CUDA_VISIBLE_DEVICES"):
+        device_of("torch", device)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "expected the device cpu or cuda, found 'gpu'"),
+        ({"precision": "fp64"}, "expected a precision of auto, fp32, fp16, bf16, found 'fp64'"),
+        ({"precision": None}, "found None"),
+        ({"threads": 1.5}, r"expected 0 to 1024 threads, found 1\.5"),
+        ({"threads": True}, "found True"),
+    ],
+)
+def test_options_that_no_engine_has_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        EngineOptions(**options)

@@ -1,5 +1,6 @@
 """Engines that are built once and loaded after: equal, sealed, and never anybody else's."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from ddsm_engine import build, engine_cache, verify
 from ddsm_engine.backends.openvino import OpenVINOEngine
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.engine_cache import ENGINE, SEAL, engines_of, read_sealed, user_cache_folder
-from ddsm_engine.errors import BackendError
+from ddsm_engine.errors import BackendError, OutputError
 from ddsm_engine.pipeline import Pipeline
 from tests.conftest import Refusal
 
@@ -112,6 +113,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another target": (rewrite_seal(target={"backend": "openvino"}), "was not built by this user"),
     "another bundle": (rewrite_seal(manifest="0" * 64), "was not built by this user"),
     "no text in the seal": (rewrite_seal(seal=None), "was not built by this user"),
+    "no Unicode in the seal": (rewrite_seal(seal="\ud800"), "was not built by this user"),
 }
 
 
@@ -215,6 +217,87 @@ def test_engines_of_a_read_only_bundle_lie_in_the_user_s_cache_folder(
     assert cache.load(bundle.full) == b"engine"
     (kept,) = engines_of(bundle)
     assert kept.is_relative_to(user_cache_folder())
+
+
+@pytest.mark.parametrize("linked", ["engines", "engines/{target}"])
+def test_engines_are_neither_kept_nor_looked_for_behind_a_link_out_of_the_bundle(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = Bundle.open(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
+    cache = engine_cache.EngineCache(bundle, {"backend": "openvino"})
+    target = cache.folders[0].name
+    own = tmp_path / "home" / Path("engines", target, bundle.full.id).relative_to(linked.format(target=target))
+    own.mkdir(parents=True)
+    (own / "thesis.txt").write_text("years of work")
+    link = bundle.path / linked.format(target=target)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "home")
+    assert list(engines_of(bundle)) == []
+    cache.store(bundle.full, b"engine")
+    assert [path.name for path in own.iterdir()] == ["thesis.txt"]
+    assert cache.load(bundle.full) == b"engine"
+    (kept,) = engines_of(bundle)
+    assert kept.is_relative_to(user_cache_folder())
+
+
+def test_a_folder_whose_name_cannot_be_printed_is_no_engine(built: Path) -> None:
+    (built / "engines/openvino-\x1b[2J/w008").mkdir(parents=True)
+    assert len(list(engines_of(Bundle.open(built)))) == 7
+
+
+def no_cache_folder(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("XDG_CACHE_HOME", "/dev/null")
+
+
+def a_key_that_cannot_be_read(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("XDG_CACHE_HOME", str(path))
+    (user_cache_folder() / "engine.key").mkdir(parents=True)
+
+
+def another_user_s_folder(path: Path, patch: pytest.MonkeyPatch) -> None:
+    def is_dir(self: Path) -> bool:
+        if self.is_relative_to(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return os.path.isdir(self)  # noqa: PTH112 - the method is this one
+
+    patch.setenv("XDG_CACHE_HOME", str(path))
+    patch.setattr(Path, "is_dir", is_dir)  # the tests may run as a user whom permissions do not bind
+
+
+def a_user_without_a_home(path: Path, patch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    patch.delenv("XDG_CACHE_HOME")
+    patch.setattr(Path, "home", home)
+
+
+@pytest.mark.parametrize(
+    "cache", [no_cache_folder, a_key_that_cannot_be_read, another_user_s_folder, a_user_without_a_home]
+)
+def test_a_cache_folder_that_cannot_be_used_stops_no_run(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    cache: Callable[[Path, pytest.MonkeyPatch], None],
+) -> None:  # fmt: skip
+    bundle = Bundle.open(built)
+    (folder,) = built.glob("engines/*/w016")
+    target = json.loads((folder / SEAL).read_text())["target"]
+    cache(tmp_path / "cache", monkeypatch)
+    assert engine_cache.EngineCache(bundle, target).load(bundle.variants["w016"]) is None
+    (line,) = caplog.messages
+    assert line.endswith("; compiling anew")
+
+
+def test_an_engine_that_cannot_be_kept_is_one_line_that_names_the_remedy(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_user_without_a_home(tmp_path, monkeypatch)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(engine_cache, "NO_HOME", tmp_path / "file")
+    bundle = Bundle.open(shutil.copytree(bundle_path, tmp_path / "x.bundle"))
+    with pytest.raises(OutputError, match=r"w032 cannot be kept in .*; XDG_CACHE_HOME chooses another cache folder"):
+        engine_cache.EngineCache(bundle, {"backend": "openvino"}).store(bundle.full, b"engine")
 
 
 def test_an_engine_that_changed_on_its_way_is_not_kept(

@@ -16,6 +16,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
@@ -102,6 +103,17 @@ def test_a_seed_gives_the_images_of_diffusers_ddim_pipeline(pipe: DDSMPipeline, 
     assert largest(*(draw(one, num_inference_steps=7, eta=eta) for one in (pipe, ddim))) < DIFFUSERS_IMAGES
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_generator_is_left_where_diffusers_leaves_it(pipe: DDSMPipeline, theirs: Any, eta: float) -> None:
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    ddim = DDIMPipeline(theirs.unet, theirs.scheduler)
+    ddim.set_progress_bar_config(disable=True)
+    own, other = seeded(3), seeded(3)
+    for one, generator in ((pipe, own), (ddim, other)):
+        draw(one, generator=generator, num_inference_steps=3, eta=eta)
+    assert torch.equal(own.get_state(), other.get_state()), "so that a second call goes on with the same noise"
+
+
 def test_a_generator_for_each_image(pipe: DDSMPipeline, theirs: Any) -> None:
     found, expected = (
         draw(one, generator=[seeded(1), seeded(2), seeded(1)], num_inference_steps=4) for one in (pipe, theirs)
@@ -124,6 +136,9 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "DPM-Solver++, stochastic": lambda config: DPMSolverMultistepScheduler.from_config(
         config, algorithm_type="sde-dpmsolver++"
     ),
+    "DPM-Solver++, single step, stochastic": lambda config: DPMSolverSinglestepScheduler.from_config(
+        config, algorithm_type="sde-dpmsolver++", lower_order_final=True
+    ),
     "Heun": HeunDiscreteScheduler.from_config,
     "Euler": EulerDiscreteScheduler.from_config,
 }
@@ -133,7 +148,8 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 def test_a_scheduler_that_replaces_the_pipelines_own_is_followed(pipe: DDSMPipeline, theirs: Any, name: str) -> None:
     scheduler = SCHEDULERS[name](pipe.scheduler.config)
     pipe.scheduler = SCHEDULERS[name](pipe.scheduler.config)
-    found = draw(pipe, num_inference_steps=6)
+    own = seeded(3)
+    found = draw(pipe, num_inference_steps=6, generator=own)
 
     # The loop of diffusers' other pipelines: these schedulers scale the sample by what they call init_noise_sigma.
     generator = seeded(3)
@@ -146,6 +162,7 @@ def test_a_scheduler_that_replaces_the_pipelines_own_is_followed(pipe: DDSMPipel
             x = scheduler.step(predicted, t, x, **noise).prev_sample
     expected = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert largest(found, expected) < 10 * DIFFUSERS_IMAGES, "in units of σ, float32 loses more digits (observed 7e-4)"
+    assert torch.equal(own.get_state(), generator.get_state())
 
 
 # --- the strategy -----------------------------------------------------------------------------------------------------
@@ -348,6 +365,22 @@ def test_engines_stay_open_until_they_are_closed(bundle_path: Path, monkeypatch:
     draw(own, num_inference_steps=2)
     assert opened == ["w032", "w032"]
     own.close()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", torch.device("cuda")])
+def test_a_gpu_that_torch_would_name_so_is_not_replaced_by_the_cpu(bundle_path: Path, device: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    opened = DDSMPipeline.from_pretrained(bundle_path, backend="torch", device=device)
+    assert opened.device == torch.device("cuda")
+    with pytest.raises(BackendError, match="needs an NVIDIA GPU"):
+        draw(opened, num_inference_steps=1)
+
+
+def test_torch_s_own_device_is_taken(bundle_path: Path) -> None:
+    assert DDSMPipeline.from_pretrained(bundle_path, device=torch.device("cpu")).device == torch.device("cpu")
+    with pytest.raises(BackendError, match=r"expected the device auto, cpu, cuda, found 'cuda:1'"):
+        DDSMPipeline.from_pretrained(bundle_path, device=torch.device("cuda:1"))
 
 
 def test_a_pipeline_stays_where_it_is(pipe: DDSMPipeline) -> None:

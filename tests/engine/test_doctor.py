@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,59 @@ def test_wrong_numbers_are_a_broken_backend(tmp_path: Path) -> None:
     assert "came out as" in probe("torch", search_path=[tmp_path, *sys.path]).error
 
 
+FAKE_TORCH = """
+import numpy
+class Tensor:
+    def __init__(self, array): self.array = array
+    def to(self, device): return self
+    cpu = reshape = lambda self, *shape: self
+    def numpy(self): return self.array
+from_numpy = Tensor
+ones = lambda size: None
+def relu(tensor): return Tensor(numpy.maximum(tensor.array, 0))
+def get_num_threads(): return 1
+class cuda:
+    @staticmethod
+    def is_available(): return True
+class version:
+    cuda = "13.0"
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "repair"),
+    [
+        ("__import__('subprocess').CalledProcessError(1, ['gcc', 'cuda_utils.c'])", "apt-get install -y gcc python3-"),
+        ("AssertionError('libcuda.so cannot found!')", "sudo /sbin/ldconfig"),
+        ("RuntimeError('Failed to find C compiler. Please specify via CC')", "apt-get install -y gcc python3-dev"),
+        ("OSError('libtriton.so')", "pip install triton"),
+    ],
+    ids=["no Python.h", "no libcuda", "no compiler", "a broken Triton"],
+)
+def test_a_triton_that_launches_nothing_is_named_with_its_repair(tmp_path: Path, error: str, repair: str) -> None:
+    tree(tmp_path, {"torch.py": FAKE_TORCH, "triton/__init__.py": f"raise {error}", "triton/language.py": ""})
+    found = probe("torch", search_path=[tmp_path, *sys.path])
+    assert (found.works, found.cuda) == (True, True)
+    assert found.cuda_error.split(":")[0] in error
+    finding = only(on_gpu(backends=(found,)))
+    assert (finding.severity, finding.found) == ("problem", found.cuda_error)
+    assert repair in finding.repair
+
+
+def test_the_probe_of_our_kernel_knows_its_numbers() -> None:
+    """In Triton's interpreter, which is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    wrong = "kernel.group_norm_silu = lambda x, *_: x"
+    for change, says in (("", "right"), (wrong, "BackendError: the fused norm of [[-1.0, 0.0, 0.5, 2.0]] came out as")):
+        code = f"from ddsm_engine.doctor import probe\nimport ddsm_kernels.group_norm_silu as kernel\n{change}\n"
+        code += "probe.fused_norm('cpu')\nprint('right')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )  # fmt: skip
+        assert says in (done.stdout + done.stderr).splitlines()[-1]
+
+
 def test_the_model_of_the_probe_is_one_operator() -> None:
     model = onnx.load(MODEL)
     onnx.checker.check_model(model, full_check=True)
@@ -530,6 +584,14 @@ GAPS = {
         {"installed": ON_GPU | {"torch": "2.13.0+cpu", "onnx": "1.23"},
          "backends": (Backend(name="torch", works=True),)},
         ("note", "2.13.0+cpu", "--index-url https://download.pytorch.org/whl/cu130 'torch>=2.11,<2.14'"),
+    ),
+    "Triton without Python.h": (
+        {"backends": (Backend(name="torch-compile", error="CalledProcessError: '/usr/bin/gcc', '-I…/triton/…'"),)},
+        ("problem", "CalledProcessError", "sudo apt-get install -y gcc python3-dev"),
+    ),
+    "TensorRT-RTX that builds and does not load": (
+        {"backends": (Backend(name="tensorrt-rtx", works=True, cuda_error="TensorRT could not load it"),)},
+        ("problem", "could not load it", "pip install --force-reinstall 'tensorrt-rtx-cu13'"),
     ),
     "a GPU that TensorRT-RTX does not list": (
         {"cuda": replace(RUNS, gpu="NVIDIA H100", compute_capability="9.0"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ddsm_engine.errors import StrategyError
 from ddsm_engine.evaluate import main
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.quality import choose_metric, interval, paired_interval
@@ -107,9 +108,77 @@ def test_what_cannot_be_evaluated_is_refused(
     assert message in line
 
 
-def test_a_run_of_a_strategy_over_calls_needs_no_sampler(bundle_path: Path) -> None:
-    strategy = Strategy(("w008",) * 3, "call", "dpm++2m", 3)
+SEARCHED = Strategy(("w008",) * 3, "call", "ddim", 3, options={"eta": 0.5, "clip_sample": 1.0})
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"steps": 3}, {"sampler": "ddim"}, {"sampler": "ddim", "steps": 3}, {"eta": 0.5}], ids=str
+)
+def test_a_run_of_a_strategy_over_calls_takes_its_sampler_as_it_was_told(
+    bundle_path: Path, given: dict[str, Any]
+) -> None:
     with Pipeline.from_bundle(bundle_path, backend="onnxruntime") as pipe:
-        plan = pipe.plan(strategy, clip_sample=1.0)
-        assert (plan.sampler, len(plan.variants)) == ("dpm++2m", 3)
-        assert (plan.checksum) == pipe.plan(strategy, "dpm++2m", 3, clip_sample=1.0).checksum
+        expected = pipe.plan(Strategy(("w008",) * 3, "call", "ddim", 3), "ddim", 3, eta=0.5, clip_sample=1.0)
+        assert pipe.plan(SEARCHED, **given).checksum == expected.checksum
+        for other in ({"eta": 0.0}, {"clip_sample": 2.0}):
+            own = pipe.plan(SEARCHED, **(given | other))
+            assert own.checksum != expected.checksum, "what is asked for goes before"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sampler": "euler"}, "belongs to ddim with 3 steps .*; this run is euler with 3"),
+        ({"steps": 4}, "this run is ddim with 4"),
+    ],
+)
+def test_another_sampler_or_number_of_steps_is_refused(bundle_path: Path, given: dict[str, Any], message: str) -> None:
+    with (
+        Pipeline.from_bundle(bundle_path, backend="onnxruntime") as pipe,
+        pytest.raises(StrategyError, match=message),
+    ):
+        pipe.plan(SEARCHED, **given)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "an offset": {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample_range": 2.0},
+    "thresholding": {"_class_name": "DDPMScheduler", "thresholding": True},
+    "a solver": {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun", "use_karras_sigmas": True},
+    "what the name says": {"_class_name": "EulerDiscreteScheduler"},
+    "two grids, which no name has": {
+        "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "use_karras_sigmas": True
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_strategy_brings_the_config_that_its_sampler_was_made_of(
+    bundle_path: Path, tmp_path: Path, kind: str
+) -> None:
+    with Pipeline.from_bundle(bundle_path, backend="onnxruntime") as pipe:
+        sampler = pipe.sampler(CONFIGS[kind], 6)
+        strategy = Strategy(("w008",) * sampler.calls, "call", sampler.name, 6, options=sampler.options)
+        strategy.save(tmp_path / "own.yaml")
+        again = pipe.plan(tmp_path / "own.yaml")
+        assert again.checksum == pipe.plan(Strategy.uniform("w008", 1000), CONFIGS[kind], 6).checksum
+    assert ("config" in sampler.options) == (kind != "what the name says")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([1], "options are eta and clip_sample"),
+        ({"eta": "1"}, "options are eta and clip_sample"),
+        ({"eta": True}, "options are eta and clip_sample"),
+        ({"config": "ddim"}, "options are eta and clip_sample"),
+        ({"speed": 1.0}, "options are eta and clip_sample"),
+    ],
+    ids=str,
+)
+def test_options_that_no_sampler_has_are_refused(tmp_path: Path, options: object, message: str) -> None:
+    found = SEARCHED.to_json() | {"options": options}
+    (tmp_path / "bad.yaml").write_text(json.dumps(found))
+    with pytest.raises(StrategyError, match=message):
+        Strategy.load(tmp_path / "bad.yaml")
+    with pytest.raises(StrategyError, match="belongs to no sampler"):
+        Strategy(("w008",) * 3, options={"eta": 1.0})

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ddsm_engine.files import (
     sha256_of,
     write_atomically,
 )
+from ddsm_engine.strategy import Strategy
 
 
 def names(folder: Path) -> list[str]:
@@ -94,10 +96,12 @@ def test_what_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "folder"]
 
 
+REPLACED = [("file", "file"), ("link", "file"), ("file", "folder"), ("folder", "folder"), ("link", "folder")]
+
+
 @pytest.mark.usefixtures("exchanging")
-@pytest.mark.parametrize("old", ["file", "folder", "link"])
-@pytest.mark.parametrize("new", ["file", "folder"])
-def test_a_file_and_a_folder_replace_each_other(tmp_path: Path, old: str, new: str) -> None:
+@pytest.mark.parametrize(("old", "new"), REPLACED)
+def test_a_file_or_a_link_gives_way_to_anything_and_a_folder_to_a_folder(tmp_path: Path, old: str, new: str) -> None:
     make: dict[str, Callable[[Path], None]] = {
         "file": Path.touch,
         "folder": Path.mkdir,
@@ -110,6 +114,15 @@ def test_a_file_and_a_folder_replace_each_other(tmp_path: Path, old: str, new: s
     assert target.is_dir() == (new == "folder")
     assert not target.is_symlink()
     assert names(tmp_path) == ["target"]
+
+
+@pytest.mark.usefixtures("exchanging")
+def test_a_folder_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos", "cat.png")
+    with pytest.raises(OutputError, match="photos is a folder, which no file replaces"):
+        Strategy.uniform(0.5, 10).save(tmp_path / "photos")
+    assert names(tmp_path / "photos") == ["cat.png"]
+    assert names(tmp_path) == ["photos"]
 
 
 def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path: Path) -> None:
@@ -126,12 +139,65 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_kept(tmp_path
 
 
 def test_a_folder_that_was_moved_aside_by_a_killed_process_gets_its_name_back(tmp_path: Path) -> None:
-    aside = tmp_path / f".folder.x1y2z3{SUFFIX}" / "replaced"
+    aside = tmp_path / f".folder.x1y2z3{SUFFIX}" / "old"
     aside.mkdir(parents=True)
-    (aside / "old").touch()
+    (aside / "its content").touch()
     clear_leftovers(tmp_path, "folder")
-    assert names(tmp_path / "folder") == ["old"]
+    assert names(tmp_path / "folder") == ["its content"]
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["old", "new", "replaced", ".mode"])
+def test_half_of_an_output_never_gets_its_name_whatever_that_is(tmp_path: Path, name: str) -> None:
+    with atomic_path(tmp_path / "place" / name) as temporary:
+        temporary.write_bytes(b"ha")
+        shutil.copytree(tmp_path / "place", tmp_path / "killed")
+        temporary.write_bytes(b"half and half")
+    clear_leftovers(tmp_path / "killed")
+    assert names(tmp_path / "killed") == []
+    assert (tmp_path / "place" / name).read_bytes() == b"half and half"
+
+
+STRANGE: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a file": Path.touch,
+    "a link to a folder": lambda path: path.symlink_to(path.parent),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_only_has_the_name_of_a_leftover_is_left_and_stops_nothing(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f".name.b{SUFFIX}").mkdir()
+    strange = tmp_path / f".name.a{SUFFIX}"  # comes first
+    STRANGE[kind](strange)
+    clear_leftovers(tmp_path, "name")
+    assert names(tmp_path) == [strange.name]
+
+
+def test_a_leftover_that_belongs_to_somebody_else_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = (tmp_path / f".name.{letter}{SUFFIX}" for letter in "ab")
+    theirs.mkdir()
+    ours.mkdir()
+    opened = os.open
+
+    def refusing(path: Path, flags: int, **options: int) -> int:
+        if path == theirs:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, **options)
+
+    monkeypatch.setattr(os, "open", refusing)  # the tests may run as a user whom permissions do not bind
+    clear_leftovers(tmp_path, "name")
+    assert names(tmp_path) == [theirs.name]
+
+
+def test_a_pipe_in_the_place_of_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotADirectoryError), only_one_process(tmp_path / "pipe"):
+        pass
 
 
 def test_a_temporary_folder_taken_for_a_dead_one_s_is_made_again(
@@ -180,10 +246,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     refuse_existing(tmp_path / "photos", force=True, marker="manifest.json")
+    with pytest.raises(OutputError, match="is a folder, which no file replaces"):
+        refuse_existing(tmp_path / "photos", force=True)
     (tmp_path / "photos" / "cat.png").touch()
-    for marker in ("manifest.json", None):
-        with pytest.raises(OutputError, match="holds something else"):
-            refuse_existing(tmp_path / "photos", force=True, marker=marker)
+    with pytest.raises(OutputError, match="holds something else"):
+        refuse_existing(tmp_path / "photos", force=True, marker="manifest.json")
     (tmp_path / "photos" / "manifest.json").touch()
     refuse_existing(tmp_path / "photos", force=True, marker="manifest.json")
 

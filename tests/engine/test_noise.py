@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -76,7 +78,12 @@ def test_the_noise_is_standard_normal() -> None:
     assert abs(pairs) < 0.02, "the two normals of a Box-Muller pair are independent"
 
 
-@pytest.mark.parametrize("seed", [-1, 1 << 64])
-def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
-    with pytest.raises(SamplerError, match="from 0 to 2"):
+@pytest.mark.parametrize("seed", [-1, 1 << 64, np.int8(-1), 1.5, "7", None])
+def test_a_seed_that_is_no_number_of_64_bits_is_refused(seed: Any) -> None:
+    with pytest.raises(SamplerError, match=r"from 0 to 2.* found"):
         SeededNoise(seed)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+def test_a_seed_may_be_numpy_s(kind: Any) -> None:
+    assert np.array_equal(draw(kind(7), 2, 2), draw(7, 2, 2))

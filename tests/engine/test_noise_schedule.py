@@ -153,6 +153,8 @@ def test_a_schedule_survives_json(
         ({"beta_start": 0.03}, "0 < start ≤ end < 1"),
         ({"beta_end": 1.0}, "0 < start ≤ end < 1"),
         ({"beta_end": float("nan")}, "0 < start ≤ end < 1"),
+        ({"beta_start": -(10**400)}, "0 < start ≤ end < 1"),
+        ({"beta_start": -(10**400), "beta_end": 10**400}, "0 < start ≤ end < 1"),
         ({"timesteps": 1}, "timesteps must be from 2"),
         ({"timesteps": 1 << 17}, "timesteps must be from 2"),
         ({"variance_type": "learned"}, "variance_type must be one of .* found 'learned'"),

@@ -18,7 +18,8 @@ from tests.hostile.corpus import HOSTILE_BYTES, HOSTILE_MODELS, field, model, ou
 
 MESSAGES = {
     "model": onnx.ModelProto, "graph": onnx.GraphProto, "node": onnx.NodeProto, "attribute": onnx.AttributeProto,
-    "tensor": onnx.TensorProto, "value": onnx.ValueInfoProto,
+    "tensor": onnx.TensorProto, "value": onnx.ValueInfoProto, "type": onnx.TypeProto,
+    "tensor type": onnx.TypeProto.Tensor, "shape": onnx.TensorShapeProto, "dimension": onnx.TensorShapeProto.Dimension,
 }  # fmt: skip
 HARMFUL = {"TensorProto", "SparseTensorProto", "GraphProto", "FunctionProto", "TrainingInfoProto", "NodeProto"}
 
@@ -44,7 +45,16 @@ def test_every_field_that_can_hold_a_weight_or_an_operator_is_looked_into_or_ref
     can_hold = {f.number for f in descriptor.fields if f.message_type and holds(f.message_type)}
     assert can_hold <= known
     # Beyond these: the entries that name a file, and the descriptions of values, for the words in them.
-    assert known - can_hold == {"tensor": {13}, "graph": {11, 12, 13}}.get(name, set())
+    described = {
+        "tensor": {13}, "graph": {11, 12, 13}, "attribute": {14, 15}, "value": {2}, "type": {1, 4, 5, 7, 8, 9},
+        "tensor type": {2}, "shape": {1},
+    }  # fmt: skip
+    assert known - can_hold == described.get(name, set())
+
+
+def test_every_kind_of_type_but_a_tensor_is_refused() -> None:
+    kinds = {f.number for f in onnx.TypeProto.DESCRIPTOR.oneofs_by_name["value"].fields}
+    assert {number for message, number in onnx_file._REFUSED if message == "type"} == kinds - {1}
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -70,7 +80,8 @@ def test_the_field_numbers_are_those_of_onnx() -> None:
     assert number("tensor", "external_data") in onnx_file._REFUSED
     nested = {
         "graph": "GraphProto", "node": "NodeProto", "attribute": "AttributeProto", "tensor": "TensorProto",
-        "value": "ValueInfoProto",
+        "value": "ValueInfoProto", "type": "TypeProto", "tensor type": "Tensor", "shape": "TensorShapeProto",
+        "dimension": "Dimension",
     }  # fmt: skip
     for (message, field_number), inner in onnx_file._NESTED.items():
         assert MESSAGES[message].DESCRIPTOR.fields_by_number[field_number].message_type.name == nested[inner]

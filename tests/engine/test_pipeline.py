@@ -1,3 +1,4 @@
+import json
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ddsm_engine.backends import BACKENDS, open_engine
 from ddsm_engine.backends.engine import Arrays, Engine, EngineOptions
+from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import BackendError, SamplerError
 from ddsm_engine.noise import INITIAL, SeededNoise
@@ -187,6 +189,13 @@ def test_an_image_does_not_depend_on_how_many_are_drawn_with_it(pipe: Pipeline) 
     assert not np.array_equal(other.x_final, few.x_final)
 
 
+def test_whole_numbers_may_be_numpy_s(pipe: Pipeline) -> None:
+    numbers: Any = {"steps": np.int64(2), "num_images": np.int32(3), "batch_size": np.uint8(2), "seed": np.uint32(5)}
+    found = pipe("coarse", "ddim", **numbers)
+    assert np.array_equal(found.x_final, pipe("coarse", "ddim", 2, num_images=3, batch_size=2, seed=5).x_final)
+    json.dumps(found.trace.to_json())
+
+
 def test_a_run_is_replayed_from_its_noise(pipe: Pipeline) -> None:
     drawn = pipe("coarse", "ddim", 5, num_images=3, batch_size=2, seed=4, eta=1.0)
     x_T = np.empty((3, *TINY.sample_shape), np.float32)
@@ -292,6 +301,74 @@ def test_two_threads_on_one_pipeline_are_refused(pipe: Pipeline) -> None:
     assert "one Pipeline per thread" in refusals[0]
 
 
+def test_a_run_within_a_run_is_refused_as_such(pipe: Pipeline) -> None:
+    def nested(call: int, t: float, x: Array) -> None:
+        with pytest.raises(
+            BackendError, match=r"in the middle of another run: .* callback or `batches` is not finished"
+        ):
+            pipe("coarse", "ddim", 1)
+
+    pipe("coarse", "ddim", 1, callback=nested)
+    for _ in pipe.batches(pipe.plan("coarse", "ddim", 1), num_images=2, batch_size=1):
+        with pytest.raises(BackendError, match="in the middle of another run"):
+            pipe("coarse", "ddim", 1)
+
+
+CLOSED = "^the pipeline was closed while it ran"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_within_a_run_ends_it_at_its_next_call(bundle: Bundle, backend: str) -> None:
+    own = Pipeline.from_bundle(bundle.path, backend=backend, threads=1)
+    called: list[int] = []
+
+    def close_early(call: int, t: float, x: Array) -> None:
+        called.append(call)
+        if call == 1:
+            own.close()
+
+    expected = own("coarse", "ddim", 4, seed=3).x_final
+    with pytest.raises(BackendError, match=CLOSED):
+        own("coarse", "ddim", 4, callback=close_early)
+    assert called == [0, 1]
+    assert np.array_equal(own("coarse", "ddim", 4, seed=3).x_final, expected), "the next run opens the engines again"
+    own.close()
+
+
+def test_closing_between_two_batches_ends_the_run(bundle: Bundle) -> None:
+    own = Pipeline.from_bundle(bundle.path, backend="onnxruntime", threads=1)
+    batches = own.batches(own.plan("coarse", "ddim", 2), num_images=3, batch_size=1)
+    next(batches)
+    own.close()
+    with pytest.raises(BackendError, match=CLOSED):
+        next(batches)
+    assert own("coarse", "ddim", 2).images.shape == (1, *TINY.sample_shape)
+    own.close()
+
+
+def test_closing_from_another_thread_lets_the_call_finish(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Pipeline.from_bundle(bundle.path, backend="onnxruntime", threads=1)
+    closed: list[OnnxRuntimeEngine] = []
+    run, close = OnnxRuntimeEngine.run, OnnxRuntimeEngine.close
+
+    def run_while_closing(engine: OnnxRuntimeEngine) -> None:
+        thread = threading.Thread(target=own.close)
+        thread.start()
+        thread.join()
+        assert closed == []
+        run(engine)
+
+    def note(engine: OnnxRuntimeEngine) -> None:
+        closed.append(engine)
+        close(engine)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", run_while_closing)
+    monkeypatch.setattr(OnnxRuntimeEngine, "close", note)
+    with pytest.raises(BackendError, match=CLOSED):
+        own("uniform:4/8", "ddim", 2)
+    assert len(closed) == 1, "closed as the run ended"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_pipeline_per_thread_draws_what_it_draws_alone(bundle: Bundle, backend: str) -> None:
     def draw(seed: int) -> bytes:
@@ -309,7 +386,10 @@ def test_one_pipeline_per_thread_draws_what_it_draws_alone(bundle: Bundle, backe
         ({"x_T": np.zeros((1, 3, 8, 8), np.float32)}, r"x_T must have the shape \(2, 3, 8, 8\)"),
         ({"noise": lambda call: np.zeros((2, 3, 4, 4), np.float32), "eta": 1.0}, r"noise\(0\) must have the shape"),
         ({"num_images": 0}, "at least one image"),
+        ({"num_images": 3.0}, r"at least one image and a batch of one, found 3\.0"),
+        ({"batch_size": 2.0}, r"at least one image and a batch of one, found 2 and 2\.0"),
         ({"seed": -1}, "a seed is"),
+        ({"seed": 1.5}, "a seed is"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:

@@ -17,7 +17,11 @@ from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.samplers.config import NAMES, named_config
 from ddsm_engine.strategy import Strategy
+from ddsm_export.bundling import ExportOptions, export_bundle
+from ddsm_export.supernet import Supernet
 from tests.conftest import TINY, Refusal
+from tests.oracle.dynamic_unet import Config, published_state_dict
+from tests.oracle.names import product_spec, product_weights
 
 FAST = ["--strategy", "coarse", "--sampler", "ddim", "--steps", "3", "--backend", "onnxruntime", "--threads", "1"]
 
@@ -87,6 +91,69 @@ def test_another_run_cannot_be_resumed(here: Path, refusal: Refusal, option: str
     assert f"records another {named}" in line
 
 
+def test_a_run_that_is_spelled_otherwise_is_the_same_run(here: Path) -> None:
+    Strategy((Fraction(1, 2), Fraction(1), Fraction(1)), axis="call", sampler="ddim", steps=3).save(here / "call.yaml")
+    few = ["--strategy", "call.yaml", "--backend", "onnxruntime", "--threads", "1", "--num-images", "2", "-o", "images"]
+    assert run.main(few) == 0
+    (here / "images/000001.png").unlink()
+    assert run.main([*few, "--resume", "--sampler", "ddim", "--steps", "3", "--eta", "0"]) == 0
+    assert (here / "images/000001.png").is_file()
+
+
+def test_a_run_of_before_devices_were_recorded_was_on_the_cpu(
+    here: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.main([*FAST, "--num-images", "1", "-o", "images"]) == 0
+    file = here / "images/run.json"
+    recorded = json.loads(file.read_text())
+    assert recorded.pop("device") == "cpu"
+    file.write_text(json.dumps(recorded))
+    assert run.main([*FAST, "--num-images", "2", "--batch-size", "1", "-o", "images", "--resume"]) == 0
+    file.write_text(json.dumps(recorded | {"device": "cuda"}))
+    assert "records another device;" in refusal(run.main, *FAST, "--num-images", "1", "-o", "images", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("output", "trace"),
+    [("t.npz", "t.npz"), ("t.png", "./t.png"), ("out", "out/000000.png"), ("out", "out/run.json"), ("out", "out"),
+     ("t.png", "t.png/trace.json")],
+)  # fmt: skip
+def test_a_trace_that_would_replace_images_is_refused(here: Path, refusal: Refusal, output: str, trace: str) -> None:
+    assert "would lie over the images" in refusal(run.main, *FAST, "-o", output, "--trace", trace)
+    assert [file.name for file in here.iterdir()] == ["tiny.bundle"]
+
+
+def test_a_trace_may_lie_beside_the_images_of_a_folder(here: Path) -> None:
+    assert run.main([*FAST, "--num-images", "1", "-o", "out", "--trace", "out/trace.json"]) == 0
+    assert sorted(file.name for file in (here / "out").iterdir()) == ["000000.png", "run.json", "trace.json"]
+
+
+def test_images_that_no_png_shows_are_written_as_an_array_only(
+    here: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = Config(
+        ch=16,
+        ch_mult=(1,),
+        attn=(),
+        num_res_blocks=1,
+        groups=4,
+        conv_multiple=4,
+        linear_multiple=4,
+        T=60,
+        in_channels=4,
+    )
+    weights = product_weights(published_state_dict(four, seed=3))
+    supernet = Supernet(product_spec(four, image_size=8), NoiseSchedule(1e-3, 0.02, 60), weights)
+    export_bundle(supernet, here / "four.bundle", ExportOptions(widths=[4]))
+    few = ["--bundle", "four.bundle", "--strategy", "uniform:2/8", "--steps", "2", "--backend", "onnxruntime"]
+    for output in ("x.png", "x"):
+        line = refusal(run.main, *few, "-o", output)
+        assert "a PNG shows one channel or three, found images of 4" in line
+    assert sorted(file.name for file in here.iterdir()) == ["four.bundle", "tiny.bundle"]
+    assert run.main([*few, "--num-images", "2", "-o", "x.npz"]) == 0
+    assert array(here / "x.npz").shape == (2, 4, 8, 8)
+
+
 RUN = OnnxRuntimeEngine.run
 
 
@@ -151,6 +218,42 @@ def test_resuming_what_was_never_begun_begins_it(here: Path) -> None:
     assert all((here / "whole" / name).read_bytes() == (here / "resumed" / name).read_bytes() for name in files)
 
 
+def test_pictures_of_somebody_s_own_are_no_images_of_the_run(here: Path) -> None:
+    assert run.main([*FAST, "--num-images", "2", "-o", "images"]) == 0
+    first = (here / "images/000001.png").read_bytes()
+    (here / "images/000001.png").unlink()
+    for name in ("2026-note.png", "1.png", "²³.png"):
+        (here / "images" / name).touch()
+    assert run.main([*FAST, "--num-images", "2", "-o", "images", "--resume"]) == 0
+    assert (here / "images/000001.png").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is no record of a run, so its folder cannot be resumed: it holds []"),
+        ('"\\u001b[2J"', "is no record of a run"),
+        ("[" * 100_000, "cannot be read, so its folder cannot be resumed"),
+    ],
+)
+def test_a_folder_without_a_record_of_its_run_cannot_be_resumed(
+    here: Path, refusal: Refusal, content: str, message: str
+) -> None:
+    (here / "images").mkdir()
+    (here / "images/run.json").write_text(content)
+    line = refusal(run.main, *FAST, "--num-images", "1", "-o", "images", "--resume")
+    assert message in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("output", ["images.png", "images.npz"])
+def test_a_file_replaces_no_folder_even_one_of_ours(here: Path, refusal: Refusal, output: str) -> None:
+    (here / output).mkdir()
+    (here / output / "run.json").write_text("{}")
+    assert "is a folder, which no file replaces" in refusal(run.main, *FAST, "-o", output, "--force")
+    assert (here / output / "run.json").read_text() == "{}"
+
+
 def test_a_folder_that_appeared_meanwhile_is_kept(
     here: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:
@@ -191,6 +294,10 @@ def test_the_umbrella_command_runs_the_same(here: Path, capsys: pytest.CaptureFi
         (["--strategy", "nothing"], "has no strategy 'nothing'; it has: coarse"),
         (["--strategy", "uniform:1/3"], "the bundle offers w008"),
         (["--strategy", "uniform:9/8"], "must lie in (0, 1]"),
+        (
+            ["--strategy", "uniform:1e-999999999"],
+            "expected a number like 4/8 or 0.5, or the id of a variant, found '1e-",
+        ),
         (["--bundle", "elsewhere"], "elsewhere is not a bundle"),
         (["--steps", "0"], "1 to 1000 steps"),
         (["--sampler", "nope"], "unknown sampler 'nope'; expected one of ddpm, ddim, euler, heun, dpm++2m"),

@@ -3,7 +3,9 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,7 +156,40 @@ def test_a_multiplier_finds_no_variant_that_is_no_part_of_a_supernet(bundle: Bun
         Strategy.uniform(1.0, 2).resolve(experts)
 
 
-@pytest.mark.parametrize("text", ["uniform:", "uniform:0", "uniform:9/8", "uniform:1/0", "uniform:2x", "uniform:-w"])
+@pytest.mark.parametrize("given", [0.375, np.float32(0.375), np.float64(0.375), Fraction(3, 8), "3/8", "0.375", ".375"])
+def test_a_width_is_exact_however_it_is_given(given: Any) -> None:
+    assert Strategy.uniform(given, 10).choices == (Fraction(3, 8),) * 10
+
+
+@pytest.mark.parametrize("given", [0.6, np.float32(0.6), Fraction(3, 5)])
+def test_entries_may_be_numbers_of_any_kind(given: Any, bundle: Bundle, tmp_path: Path) -> None:
+    strategy = Strategy([given, 1, "w016"])  # type: ignore[arg-type]
+    assert strategy == Strategy((Fraction(3, 5), Fraction(1), "w016"))
+    strategy.save(tmp_path / "s.yaml")
+    assert Strategy.load(tmp_path / "s.yaml") == strategy
+    with pytest.raises(StrategyError, match="asks for 3/5; the bundle offers"):
+        strategy.resolve(bundle.manifest.variants)
+
+
+@pytest.mark.parametrize("entry", [None, True, 0, 1.5, float("nan"), 10**400, "", "x" * 65])
+def test_an_entry_that_is_neither_a_width_nor_an_id_is_refused(entry: Any) -> None:
+    with pytest.raises(StrategyError, match="found"):
+        Strategy((entry,) * 3)
+
+
+def test_numpy_s_number_of_steps_is_saved_as_a_number(tmp_path: Path) -> None:
+    strategy = Strategy((Fraction(1, 2),) * 4, "call", "ddim", np.int64(4))  # type: ignore[arg-type]
+    strategy.save(tmp_path / "s.yaml")
+    assert Strategy.load(tmp_path / "s.yaml") == strategy
+    with pytest.raises(StrategyError, match=r"steps must be a whole number, found 4\.0"):
+        Strategy((Fraction(1, 2),) * 4, "call", "ddim", 4.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["uniform:", "uniform:0", "uniform:9/8", "uniform:1/0", "uniform:2x", "uniform:-w", "uniform:1e-999999999",
+     "uniform:0." + "0" * 100 + "1", "uniform:1/" + "9" * 5000, "uniform:٤/٨"],
+)  # fmt: skip
 def test_a_uniform_width_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(StrategyError):
         parse_uniform(text, 10)

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from ddsm_engine import parity, verify
 from ddsm_engine.backends import open_engine
-from ddsm_engine.backends.engine import Engine, EngineOptions
+from ddsm_engine.backends.engine import Engine, EngineOptions, artefact_precision
 from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle, Variant
 from ddsm_engine.parity import TOLERANCES, compare, distance, effective_precision, psnr_db
 from ddsm_engine.pipeline import Pipeline
@@ -175,6 +176,38 @@ def test_one_engine_is_open_at_a_time(pair: Path, capsys: Capture, monkeypatch: 
     assert sorted(opened) == sorted(2 * [f"{name} {batch}" for name in ("torch", "onnxruntime") for batch in (1, 3)])
 
 
+def test_every_batch_size_that_is_asked_for_is_tried_and_the_run_takes_the_one_that_fits(
+    pair: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: set[tuple[str, int]] = set()
+    drawn: list[tuple[str, int]] = []
+    batches = Pipeline.batches
+
+    def spy(name: str, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions) -> Engine:
+        tried.add((name, batch))
+        return open_engine(name, bundle, variant, batch, options)
+
+    def watched(self: Pipeline, *arguments: Any, **options: Any) -> Any:
+        drawn.append((self.backend, options["batch_size"]))
+        return batches(self, *arguments, **options)
+
+    monkeypatch.setattr(parity, "open_engine", spy)
+    monkeypatch.setattr(Pipeline, "batches", watched)
+    run = ("--trajectory", "--num-images", 3, "--steps", 2, "--backend", "onnxruntime")
+    for sizes, fits in (("7,2,5", 5), ("2,1", 2)):
+        drawn.clear()
+        tried.clear()
+        (row,) = verified(capsys, pair, *run, "--batch-size", sizes)["trajectories"]
+        assert tried == {(name, int(size)) for name in ("torch", "onnxruntime") for size in sizes.split(",")}
+        assert drawn == [("torch", 3), ("onnxruntime", fits)]
+        assert row["psnr_worst_db"] is None or row["psnr_worst_db"] > 80
+
+
+@pytest.mark.parametrize("sizes", ["0", "1,-3", "two"])
+def test_batch_sizes_that_cannot_be_are_refused(pair: Path, refusal: Refusal, sizes: str) -> None:
+    assert f"found --batch-size {sizes}" in refusal(verify.main, pair, "--batch-size", sizes)
+
+
 # --- what is not ------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +287,25 @@ def test_what_nothing_vouches_for_is_named(pair: Path, capsys: Capture) -> None:
     assert found == ["notes.txt", "strategies/old.txt", "variants/w008/model.data"]
     assert verify.main([str(pair), "--backend", "onnxruntime", "--threads", "1"]) == 0
     assert f"not vouched for: {', '.join(found)}" in capsys.readouterr().out.splitlines()
+
+
+def test_what_nothing_vouches_for_is_printed_whatever_it_is_called(pair: Path, capsys: Capture) -> None:
+    (pair / "\udcff.txt").touch()  # a byte that is no UTF-8, as Python has it
+    (pair / "\x1b]0;title\x07").touch()
+    assert verify.main([str(pair), "--backend", "onnxruntime", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("not vouched for: "))
+    assert line == r"not vouched for: \x1b]0;title\x07, \udcff.txt"
+    for number in range(verify.MOST_NAMES):
+        (pair / f"a{number}").touch()
+    assert verify.main([str(pair), "--backend", "onnxruntime", "--threads", "1"]) == 0
+    assert "a8 and 2 more\n" in capsys.readouterr().out
+
+
+def test_a_strategy_that_is_a_link_out_of_the_bundle_is_refused(pair: Path, refusal: Refusal) -> None:
+    (pair.parent / "mine.yaml").write_text(str([0.25] * 1000))
+    (pair / "strategies/mine.yaml").symlink_to(pair.parent / "mine.yaml")
+    assert "mine.yaml is a link that leaves the bundle" in refusal(verify.main, pair)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +418,20 @@ def test_bf16_is_a_row_of_its_own_where_it_is_offered(
     for row in rows:
         assert row["parity"]["tolerance"] == TOLERANCES[row["precision"]].relative_l2
         assert (row["parity"]["relative_l2"] > 1e-4) == (row["precision"] == "bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime", "torch", "torch-compile"])
+def test_on_a_gpu_what_reads_artefacts_is_asked_for_nothing_else_than_they_hold(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, backend: str, precision: Any
+) -> None:
+    monkeypatch.setattr(verify, "choose_backend", lambda name, device: name)
+    arguments = verify.parser().parse_args([str(bundle.path), "--backend", backend, "--device", "cuda"])
+    _, ((_, options),) = verify.choose_engines(arguments)
+    if backend in ("torch", "torch-compile"):
+        assert options.precision == "fp32", "as the reference"
+    else:
+        assert artefact_precision(options, replace(bundle.full, precision=precision)) == precision
 
 
 @pytest.mark.parametrize(

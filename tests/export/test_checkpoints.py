@@ -22,6 +22,7 @@ from ddsm_engine.errors import CheckpointError
 from ddsm_engine.networks.unet import UNet
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_export.checkpoints import Facts, Weights, facts_from_flagfile, open_supernet, read_checkpoint
+from ddsm_export.checkpoints.instructions import MAX_PICKLE_BYTES
 from ddsm_export.supernet import load_supernet, save_supernet
 
 Shapes = dict[str, tuple[int, ...]]
@@ -595,6 +596,26 @@ def test_archives_of_other_kinds_are_refused(tmp_path: Path, save: Callable[[obj
     assert "it is a TorchScript program" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("byteorder", f"its record byteorder has more than {MAX_PICKLE_BYTES} bytes"),
+        ("constants.pkl", f"its record constants.pkl has more than {MAX_PICKLE_BYTES} bytes"),
+        ("version", "failed reading file version"),
+    ],
+)
+def test_records_that_torch_reads_whole_are_refused_unread_if_they_are_large(
+    tmp_path: Path, save: Callable[[object], Path], record: str, words: str
+) -> None:
+    path = tmp_path / "large.pt"
+    with zipfile.ZipFile(save(training_checkpoint())) as source, zipfile.ZipFile(path, "w") as new:
+        for item in source.namelist():
+            if not item.endswith(f"/{record}"):
+                new.writestr(item, source.read(item))
+        new.writestr(f"{item.partition('/')[0]}/{record}", b"0" * (MAX_PICKLE_BYTES + 1))
+    assert words in refusal(path)
+
+
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
@@ -668,27 +689,27 @@ def _misfits() -> Iterator[Any]:
     key = "upblocks.0.block2.3.weight"
     yield pytest.param([torch.zeros(2)], "holds a list; expected a training checkpoint", id="list")
     yield pytest.param(torch.zeros(2), "holds a Tensor; expected a training checkpoint", id="tensor")
-    yield pytest.param({"state_dict": published_state()}, "found 'state_dict'", id="nested")
+    yield pytest.param({"state_dict": published_state()}, "found state_dict", id="nested")
     yield pytest.param({}, "expected a dict with ema_model or net_model.*found none", id="empty-dict")
     yield pytest.param({"ema_model": None}, "expected ema_model to be a dict of tensors, found NoneType", id="no-dict")
     yield pytest.param({"ema_model": {}}, "which has head.weight; found none", id="empty-state")
     yield pytest.param(
         {"conv_in.weight": torch.zeros(8, 3, 3, 3), "conv_out.bias": torch.zeros(3)},
-        "another architecture.*head.weight; found 'conv_in.weight', 'conv_out.bias'",
+        "another architecture.*head.weight; found conv_in.weight, conv_out.bias",
         id="other-architecture",
     )
     yield pytest.param(_without(TABLE), f"another architecture.*{re.escape(TABLE)}", id="no-table")
     yield pytest.param(_without("downblocks.0.block1.2.weight"), "another architecture.*every level", id="no-first")
     yield pytest.param(
-        _without("downblocks.1.main.weight"), "missing 'downblocks.1.main.weight'|unexpected", id="no-downsampling"
+        _without("downblocks.1.main.weight"), "missing downblocks.1.main.weight|unexpected", id="no-downsampling"
     )
-    yield pytest.param(_without(key), f"missing '{re.escape(key)}', unexpected none", id="missing-key")
+    yield pytest.param(_without(key), f"missing {re.escape(key)}, unexpected none", id="missing-key")
     yield pytest.param(
-        _changed(**{"cond.weight": torch.zeros(1)}), "missing none, unexpected 'cond.weight'", id="unknown-key"
+        _changed(**{"cond.weight": torch.zeros(1)}), "missing none, unexpected cond.weight", id="unknown-key"
     )
     yield pytest.param(
         {f"module.{k}" if k == "head.bias" else k: v for k, v in published_state().items()},
-        "missing 'head.bias', unexpected 'module.head.bias'",
+        "missing head.bias, unexpected module.head.bias",
         id="half-a-prefix",
     )
     yield pytest.param(

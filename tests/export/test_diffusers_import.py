@@ -328,6 +328,7 @@ SCHEDULER_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; supported: 'linear' or 'scaled_linear' or"),
     ({"beta_end": ...}, "lacks beta_end: expected a scheduler of a discrete noise schedule"),
     ({"beta_start": "low"}, "betas must be numbers"),
+    ({"beta_start": -(10**400)}, "betas must satisfy 0 < start ≤ end < 1"),
     ({"beta_end": 0.99, "num_train_timesteps": 60000}, "cannot be computed with"),
     ({"num_train_timesteps": 0}, "timesteps must be from 2"),
     ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'; supported: 'epsilon' or"),

@@ -307,6 +307,14 @@ def test_a_kill_while_saving_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_state_whose_loss_is_no_float_is_refused(tmp_path: Path) -> None:
+    state = make().state
+    state.losses = {8: 10**400}
+    save_state(state, IDENTITY, tmp_path / "state")
+    with pytest.raises(CheckpointError, match="is not a readable training state"):
+        load_state(IDENTITY, tmp_path / "state")
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.999])
 def test_a_damaged_state_is_refused(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "state"
@@ -462,6 +470,18 @@ def test_the_command_draws_samples_of_a_schedule_shorter_than_fifty_steps(tmp_pa
         (["--images", "0"], "--images must be positive"),
         (["--batch-size", "-1"], "--batch-size must be positive"),
         (["--lr", "nan"], "--lr must be positive"),
+        (["--lr", "inf"], "--lr must be positive and finite, found inf"),
+        (["--grad-clip", "inf"], "--grad-clip must be positive and finite"),
+        (["--save-every", "nan"], "--save-every must be at least 0, found nan"),
+        (["--seed", "-1"], "--seed must be 0 to 8796093022207, found -1"),
+        (["--seed", "100000000000000"], "--seed must be 0 to 8796093022207, found 100000000000000"),
+        (["--ema-decay", "nan"], "--ema-decay must be 0 to 1, found nan"),
+        (["--ema-decay", "-1"], "--ema-decay must be 0 to 1, found -1.0"),
+        (["--ema-decay", "1.5"], "--ema-decay must be 0 to 1, found 1.5"),
+        (["--middle-widths", "-1"], "--middle-widths must be at least 0, found -1"),
+        (["--warmup-steps", "-5"], "--warmup-steps must be at least 0, found -5"),
+        (["--threads", "-1"], "--threads must be 0 to 1024, found -1"),
+        (["--dropout", "nan"], "dropout"),
         (["--groups", "3"], "8 channels cannot be normalised in 3 groups"),
         (["--image-size", "4"], "holds images of 8x8; the network takes 4x4"),
         (["--channels", "1"], "holds images of 3 channels; the network takes 1"),
@@ -472,6 +492,28 @@ def test_options_that_cannot_be_are_refused_and_no_folder_is_made(
 ) -> None:
     assert words in refusal(main, npz(tmp_path, pictures()), "-o", tmp_path / "out", *TINY_NETWORK, *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seed", str(2**43 - 1)),
+        ("--ema-decay", "1"),
+        ("--ema-decay", "0"),
+        ("--middle-widths", "0", "--warmup-steps", "0"),
+        ("--middle-widths", "99"),
+    ],
+    ids=" ".join,
+)
+def test_the_least_and_the_most_that_an_option_takes_trains_and_resumes(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    command = [str(npz(tmp_path, pictures())), "-o", str(tmp_path / "out"), *TINY_NETWORK, *options]
+    for images in ("8", "16"):
+        assert main([*command, "--images", images]) == 0
+    supernet = load_supernet(tmp_path / "out/supernet.safetensors")
+    assert supernet.provenance["images"] == 16
+    assert all(tensor.isfinite().all() for tensor in supernet.weights.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -585,6 +627,14 @@ def test_pictures_are_converted_cropped_to_their_middle_and_resized(tmp_path: Pa
     read = load_images(tmp_path, channels=1, image_size=4)
     assert read.shape == (2, 1, 4, 4)
     assert (read == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grey_picture_of_sixteen_bits_is_read_by_its_upper_eight(tmp_path: Path, channels: int) -> None:
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    read = load_images(tmp_path, channels=channels, image_size=8)
+    assert np.array_equal(read[0], np.broadcast_to(levels >> 8, (channels, 8, 8)))
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -75,7 +75,11 @@ def main() -> dict[str, object]:
         gc.collect()
         said["alive"] = [library.fake_graphs_alive(), library.fake_launchable_alive()]
         device.free(address)
+    other = cuda.open_device()
+    other.close()
+    said["contexts beside one in use"] = [library.fake_contexts(), library.fake_retained()]
     device.close()
+    said["contexts left"] = [library.fake_contexts(), library.fake_retained()]
     from pycuda import driver
 
     said["blocks left"] = len(driver.BLOCKS)

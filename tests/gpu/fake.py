@@ -46,6 +46,7 @@ class FakeGraph:
             piece()
 
     def close(self) -> None:
+        assert self.device._entered, "closed without its device being current"
         self.is_open = False
 
 
@@ -55,7 +56,7 @@ class FakeDevice:
     Args:
         properties: What it says of itself.
         refuses: What the driver refuses: ``capture``, ``chain``, ``loop``, ``instantiate``, ``compile with a loop``;
-            ``record`` leaves captures empty without a word.
+            ``record`` leaves captures empty without a word; ``shared``, pinned memory.
         kernels: What ``launch`` runs, by the kernel's name.
     """
 
@@ -140,6 +141,8 @@ class FakeDevice:
         self.record(lambda: self.view(address, (size_bytes,), np.uint8).fill(byte))
 
     def shared(self, length: int) -> tuple[NDArray[Any], int]:
+        if "shared" in self.refuses:
+            raise BackendError("out of GPU memory: CUDA refused pinned memory (invented)")
         address = self.allocate(4 * length)
         array = self.view(address, (length,), np.int32)
         array[:] = 0

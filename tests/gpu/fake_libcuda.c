@@ -25,7 +25,23 @@ static int refused(const char *name) { const char *asked = getenv("FAKE_CUDA_REF
 int cuInit(unsigned flags) { return flags; }
 int cuGetExportTable(const void **table, const void *id) { (void)id; *table = NULL; return NOT_FOUND; } /* NVRTC asks */
 int cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
-int cuCtxGetCurrent(void **context) { *context = (void *)0xC0; return SUCCESS; }
+
+/* The calling thread's contexts, and how often the only one there is, the GPU's primary context, is retained. */
+static void *contexts[MOST];
+static int depth, retained;
+int cuCtxGetCurrent(void **context) { *context = depth ? contexts[depth - 1] : NULL; return SUCCESS; }
+int cuCtxPushCurrent_v2(void *context) { contexts[depth++] = context; return SUCCESS; }
+int cuCtxPopCurrent_v2(void **context) { return depth ? (*context = contexts[--depth], SUCCESS) : 201; }
+int cuCtxSetCurrent(void *context) {
+    depth -= depth > 0;
+    if (context) contexts[depth++] = context;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)0xC0; ++retained; return device; }
+int cuDevicePrimaryCtxRelease_v2(int device) { --retained; return device; } /* by the manual, it pops nothing */
+int fake_contexts(void) { return depth; }
+int fake_retained(void) { return retained; }
+
 int cuGetErrorName(int error, const char **name) {
     *name = error == NOT_SUPPORTED ? "CUDA_ERROR_NOT_SUPPORTED" : "CUDA_ERROR_INVALID_VALUE";
     return SUCCESS;

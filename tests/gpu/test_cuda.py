@@ -65,6 +65,8 @@ def test_memory_kernels_and_graphs(library_folder: Path) -> None:
     assert said["space"] == 32, "what NVRTC writes to is nobody else's"
     assert said["alive"] == [0, 0]
     assert said["blocks left"] == 0
+    assert said["contexts beside one in use"] == [0, 1]
+    assert said["contexts left"] == [0, 0], "a context that was released would stay current"
 
 
 @pytest.mark.parametrize(

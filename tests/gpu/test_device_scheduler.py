@@ -312,6 +312,23 @@ def test_everything_is_given_back(device: FakeDevice) -> None:
     assert device.allocated == 1, "the flags, which last as long as the device"
 
 
+@pytest.mark.parametrize(("room", "refuses"), [(400, []), (1 << 16, ["shared"])], ids=["memory", "pinned memory"])
+def test_one_that_cannot_be_made_keeps_nothing(room: int, refuses: list[str]) -> None:
+    device = FakeDevice(replace(A100, memory_bytes=room), refuses)
+    with pytest.raises(BackendError, match="out of GPU memory"):
+        DeviceScheduler(device, SHAPE)
+    assert device.allocated == 0
+
+
+def test_graphs_of_before_are_released_where_an_engine_is_added_whatever_is_current(device: FakeDevice) -> None:
+    scheduler, plan = scheduler_on(device), make_plan()
+    scheduler.run(plan, SeededNoise(0))
+    graphs = [graph for graph, _ in scheduler._graphs.runs.values()]
+    scheduler.add("narrow", engine(device, "narrow"), FEATURES["narrow"])  # a graph is only closed on its device
+    assert graphs
+    assert not any(graph.is_open for graph in graphs)  # type: ignore[attr-defined]
+
+
 def test_out_of_memory_is_a_refusal_and_leaks_nothing() -> None:
     device = FakeDevice(replace(A100, memory_bytes=1 << 16))
     scheduler = scheduler_on(device)

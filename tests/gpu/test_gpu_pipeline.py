@@ -155,6 +155,42 @@ def test_an_engine_that_does_not_open_closes_what_was_opened_with_it(
     assert not opened[0].is_open
 
 
+@pytest.mark.parametrize("refused", ["what a run needs", "the second engine's arrays"])
+def test_after_a_refusal_the_next_call_runs_as_if_there_had_been_none(
+    on_device: Pipeline,
+    on_cpu: Pipeline,
+    devices: list[FakeDevice],
+    monkeypatch: pytest.MonkeyPatch,
+    refused: str,
+) -> None:
+    owner, method, turn = (FakeDevice, "shared", 1) if refused == "what a run needs" else (StagedEngine, "bind", 2)
+    honest, turns = getattr(owner, method), iter(range(1, 1000))
+
+    def refuse_once(*arguments: Any) -> Any:
+        if next(turns) == turn:
+            raise BackendError("out of GPU memory (invented)")
+        return honest(*arguments)
+
+    opened: list[FakeEngine] = []
+    engine: Callable[..., FakeEngine] = ddsm_engine.backends._device_engine  # type: ignore[assignment]
+
+    def counted(*arguments: Any) -> FakeEngine:
+        opened.append(engine(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(owner, method, refuse_once)
+    monkeypatch.setattr(ddsm_engine.backends, "_device_engine", counted)
+    with pytest.raises(BackendError, match="out of GPU memory"):
+        on_device("coarse", "ddim", 5, seed=3)
+    assert len(devices) == 1
+    for _ in range(2):
+        drawn, reference = (pipe("coarse", "ddim", 5, seed=3) for pipe in (on_device, on_cpu))
+        assert drawn.trace.execution == "loop"
+        assert drawn.x_final.tobytes() == reference.x_final.tobytes()
+    used = len({segment.variant for segment in drawn.trace.segments})
+    assert sum(engine.is_open for engine in opened) == used > 1, "what was opened before the refusal is closed"
+
+
 def test_the_command_says_how_it_ran_and_the_trace_too(
     bundle_path: Path, devices: list[FakeDevice], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

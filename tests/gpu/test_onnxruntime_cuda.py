@@ -27,6 +27,7 @@ from ddsm_engine.backends.onnxruntime_cuda import (
     target,
 )
 from ddsm_engine.bundle import Bundle
+from ddsm_engine.doctor import probe
 from ddsm_engine.errors import BackendError
 from tests.conftest import TINY
 from tests.gpu.fake import A100, H100, FakeDevice
@@ -318,6 +319,43 @@ def test_a_session_that_fell_back_is_refused(library: Library, bundle: Bundle) -
     library.providers = [CPU]
     with pytest.raises(BackendError, match=f"fell back from {CUDA} to ..{CPU}"):
         opened(library, bundle)
+
+
+def test_what_pip_installed_is_loaded_first_and_what_that_prints_is_not_shown(
+    library: Library, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sessions: list[int] = []
+
+    def preload() -> None:
+        sessions.append(len(library.opened))
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+        print("Failed to load libcublasLt.so.13")  # noqa: T201 - as the library does
+
+    inspect.signature(ort.preload_dlls).bind()
+    monkeypatch.setattr(ort, "preload_dlls", preload)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])  # a build whose CUDA is a plug-in of its own
+    opened(library, bundle)
+    assert sessions == [0]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_doctor_tries_the_session_that_a_run_opens(
+    library: Library, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    library.refuses_calls = not works
+    monkeypatch.setattr(probe, "open_device", lambda name: library.device)
+
+    def session(model: Path, settings: ort.SessionOptions, providers: Any, enable_fallback: int) -> Any:
+        made = RealSession if providers == [CPU] else library.session
+        return made(model, settings, providers=providers, enable_fallback=enable_fallback)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    found = probe.onnxruntime()
+    assert found["offers"] == [CUDA, CPU]
+    assert {options["user_compute_stream"] for options in library.opened} == {str(library.device.stream)}
+    assert found.get("cuda", False) is works
+    assert works or "CUDA failure 900" in found["cuda_error"]
 
 
 def test_a_library_without_cuda_is_refused(bundle: Bundle) -> None:

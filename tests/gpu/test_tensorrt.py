@@ -272,6 +272,7 @@ def test_an_engine_for_something_else_is_named_and_not_read(own: Bundle, device:
         f"w032 has no engine of tensorrt for this machine and call: expected one for version 10.13.0.35, GPU Invented "
         f"H100, compute capability 9.0, driver 580.65.06, precision fp32, batch 2; found one for {found}; build it: "
         f"`ddsm build {own.path} --backend tensorrt --batch-size 2`"
+        f"{', or run with --batch-size 16' if other == 'batch' else ''}"
     )
 
 
@@ -291,6 +292,20 @@ def test_the_nearest_of_several_engines_is_named(own: Bundle, device: FakeDevice
     keep(own, A100)
     with pytest.raises(BackendError, match="found one for batch 1; build it"):
         open_full(own, device)
+
+
+@pytest.mark.parametrize(("built", "named"), [((1, 64, 16), 16), ((1,), 1), ((1, 1024, 256), 256), ((), None)], ids=str)
+def test_a_run_can_take_the_next_larger_batch_that_was_built_or_the_largest(
+    own: Bundle, device: FakeDevice, built: tuple[int, ...], named: int | None
+) -> None:
+    keep(own, replace(H100, driver="570.1"))  # no nearer, and of no use
+    for batch in built:
+        keep(own, batch=batch)
+    with pytest.raises(BackendError) as refusal:
+        open_full(own, device)
+    found, _, instead = str(refusal.value).partition("; found one for ")[2].partition("; build it: ")
+    assert found == ("driver 570.1" if named is None else f"batch {named}")
+    assert instead.partition("`, ")[2] == ("" if named is None else f"or run with --batch-size {named}")
 
 
 def test_without_any_engine_the_remedy_is_the_same(own: Bundle, device: FakeDevice) -> None:

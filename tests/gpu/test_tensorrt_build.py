@@ -12,23 +12,26 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from ddsm_engine import build, verify
+import ddsm_engine.backends
+import ddsm_engine.pipeline
+from ddsm_engine import build, parity, run, verify
+from ddsm_engine.backends import open_engine
 from ddsm_engine.backends.device import no_gpu
-from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.backends.tensorrt import LIBRARIES, built_target, import_tensorrt, open_tensorrt
 from ddsm_engine.backends.tensorrt_build import build_engine
 from ddsm_engine.bundle import MANIFEST, Bundle
 from ddsm_engine.engine_cache import SEAL_LENGTH, TIMINGS, EngineCache, engines_of, read_sealed
 from ddsm_engine.errors import BackendError, OutputError
 from ddsm_engine.files import sha256_of
-from ddsm_engine.networks.inference_form import InferenceForm
+from ddsm_engine.networks.inference_form import DTYPES, InferenceForm
 from ddsm_engine.networks.slicing import subnetwork
-from ddsm_export.onnx import DEFAULT_OPSET, DTYPES, choose_opset, onnx_from_subnetwork
+from ddsm_export.onnx import DEFAULT_OPSET, choose_opset, onnx_from_subnetwork
 from ddsm_export.supernet import Supernet, load_supernet
 from tests.conftest import Refusal
 from tests.gpu import fake_tensorrt
@@ -72,6 +75,48 @@ def cache_of(path: Path, batch: int = BATCH) -> EngineCache:
     return EngineCache(Bundle.open(path), built_target("tensorrt", "fp32", batch, H100))
 
 
+# --- what is built can be verified and run ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of the same GPU for whoever opens an engine."""
+    for module in (ddsm_engine.backends, ddsm_engine.pipeline):
+        monkeypatch.setattr(module, "open_device", build.open_gpu)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_engines_as_the_documentation_has_them_built_are_what_a_verification_opens(
+    bundle_path: Path, tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(bundle_path, tmp_path / "whole.bundle"))
+    assert command(path, batch="1,16") == 0
+    opened = []
+
+    def spy(name: str, *arguments: Any, **options: Any) -> Engine:
+        opened.append((name, arguments[2]))
+        return open_engine(name, *arguments, **options)
+
+    monkeypatch.setattr(parity, "open_engine", spy)
+    # The invented library computes something of its own, which is found only when every engine has answered.
+    assert "on tensorrt differs from torch fp32" in refusal(verify.main, path, "--backend", "tensorrt", "--threads", 1)
+    assert opened == [(name, batch) for _ in range(7) for name in ("torch", "tensorrt") for batch in (1, 16)]
+    arguments = verify.parser().parse_args([str(path), "--backend", "tensorrt", "--trajectory", "--num-images", "4"])
+    bundle = Bundle.open(path)
+    batches = verify.choose_batches(arguments, verify.check_engines(bundle)[0])
+    assert verify.plan_trajectory(bundle, arguments, batches).batch_size == 16
+    assert verify.choose_batches(verify.parser().parse_args([str(path)]), verify.check_engines(bundle)[0]) == ()
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_run_of_another_batch_size_is_told_which_it_can_take(own: Path, refusal: Refusal, tmp_path: Path) -> None:
+    assert command(own, batch="1,16") == 0
+    asked = ["--bundle", own, "--backend", "tensorrt", "--strategy", "uniform:8/8", "--sampler", "ddim", "--steps", "2"]
+    asked += ["--num-images", "4", "-o", tmp_path / "x.npz"]
+    assert refusal(run.main, *asked).endswith(", or run with --batch-size 16")
+    assert run.main([*map(str, asked), "--batch-size", "16"]) == 0
+
+
 # --- a build, by the fake library -------------------------------------------------------------------------------------
 
 
@@ -112,7 +157,7 @@ def test_engines_of_different_gpus_lie_beside_each_other(own: Path, device: Fake
 def test_verify_passes_over_the_log_and_the_timings(bundle_path: Path, device: FakeDevice, tmp_path: Path) -> None:
     path = Path(shutil.copytree(bundle_path, tmp_path / "whole.bundle"))
     assert command(path) == 0
-    assert verify.check_engines(Bundle.open(path)) == (7, 0)
+    assert len(verify.check_engines(Bundle.open(path))[0]) == 7
     assert verify.check_files(Bundle.open(path)) == []
 
 
@@ -319,7 +364,7 @@ def test_a_bundle_is_built_without_a_gpu(own: Path, rtx: ModuleType, capfd: pyte
     assert log.count("Engine generation completed") == 2
     assert "error" not in log
     assert not (cache.kept_in / TIMINGS).exists(), "it measures nothing"
-    assert verify.check_engines(cache.bundle) == (2, 0)
+    assert verify.check_engines(cache.bundle) == ([cache.target] * 2, 0)
 
 
 @pytest.mark.usefixtures("without_gpu")

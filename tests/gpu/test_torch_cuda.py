@@ -1,6 +1,7 @@
 """The whole engine on host memory, and what it asks of torch's CUDA by torch's own signatures."""
 
 import inspect
+import logging
 import subprocess
 import sys
 import weakref
@@ -23,6 +24,7 @@ from ddsm_engine.backends.torch_cuda import (
     Queue,
     TorchCudaEngine,
     exact_float32,
+    launches_fused_norms,
     prefers_fused_norms,
     resolve_precision,
     target,
@@ -312,6 +314,57 @@ def test_fused_norms_are_the_same_network() -> None:
         _, distance, fused = line.split()
         assert 0 < float(distance) <= tolerance
         assert int(fused) == norms
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """Whether Triton launches its kernels is asked once in a process."""
+    launches_fused_norms.cache_clear()
+    yield
+    launches_fused_norms.cache_clear()
+
+
+@pytest.mark.usefixtures("on_host", "untried")
+@pytest.mark.parametrize(
+    "failure",
+    [
+        subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c", "-I/usr/include/python3.11"]),
+        AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+        FileNotFoundError("/sbin/ldconfig"),
+        RuntimeError("Failed to find C compiler"),
+        ImportError("libtriton.so: undefined symbol"),
+        Exception("PTXAS error: Internal Triton PTX codegen error"),  # as Triton's own, which are no RuntimeError
+    ],
+    ids=["no Python.h", "no libcuda", "no ldconfig", "no compiler", "a broken Triton", "an old ptxas"],
+)
+def test_where_triton_launches_nothing_torch_s_norms_run_and_one_warning_says_why(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("ddsm_kernels.group_norm_silu.group_norm_silu", fail)
+    device, options = FakeDevice(), EngineOptions(device="cuda", precision="fp32")
+    with caplog.at_level(logging.WARNING):
+        for width in TINY.widths()[:2]:
+            with device.current():
+                engine = TorchCudaEngine(device, network(width), 1, options, compiled=False)
+            given = inputs(1)
+            assert relative_l2(answer(engine, device, given), expected(width, given)) <= FORWARD["torch"]
+    (said,) = caplog.records
+    assert "run slower: " + str(failure).split("\n")[0] in said.getMessage()
+    assert "\n" not in said.getMessage()
+
+
+@pytest.mark.usefixtures("on_host", "untried")
+def test_a_compiled_network_does_not_ask_for_fused_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_cuda, "launches_fused_norms", lambda where: pytest.fail("asked"))
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    device = FakeDevice()
+    with device.current():
+        TorchCudaEngine(device, network(8), 1, EngineOptions(device="cuda", precision="fp32"), compiled=True)
 
 
 def test_a_fused_norm_is_asked_for_what_the_network_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,7 @@ EDITS: dict[str, Edit] = {
     "betas-too-small-to-divide-by": lambda d: d["noise_schedule"].update(beta_start=1e-300),
     "betas-that-leave-nothing": lambda d: d["noise_schedule"].update(beta_start=0.9, beta_end=0.99),
     "beta-of-400-digits": lambda d: d["noise_schedule"].update(beta_end=10**400),
+    "beta-of-400-digits-below-zero": lambda d: d["noise_schedule"].update(beta_start=-(10**400)),
     "input-of-another-name": lambda d: first(d)["inputs"][0].update(name="../sample"),
     "input-of-another-shape": lambda d: first(d)["inputs"][0].update(shape=["batch", 3, 8, 9]),
     "input-without-batch": lambda d: first(d)["inputs"][1].update(shape=[1 << 30, 32]),
@@ -340,6 +341,7 @@ def model(*, output: tuple[int | str, ...] = ("batch", 3, 8, 8), **changes: Any)
         changes.pop("initializer", []),
         sparse_initializer=changes.pop("sparse_initializer", []),
     )
+    graph.value_info.extend(filter(None, [changes.pop("described", None)]))
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("custom", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9, **changes)
 
@@ -409,6 +411,11 @@ HOSTILE_MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "training-graph": training_model,
     "name-of-a-megabyte": lambda: model(nodes=[helper.make_node("Neg", ["sample"], ["x" * 1_000_000])]),
     "name-of-terminal-codes": lambda: model(nodes=[helper.make_node("Neg", ["sample"], ["\x1b[2J"])]),
+    "dimension-of-terminal-codes": lambda: model(output=("\x1b[2J", 3, 8, 8)),
+    "value-that-is-a-sequence": lambda: model(described=helper.make_tensor_sequence_value_info("s", 1, ["n"])),
+    "type-in-an-operator": lambda: model(
+        nodes=[helper.make_node("Optional", [], ["c"], type=helper.make_tensor_type_proto(1, [1]))]
+    ),
 }
 
 
@@ -441,6 +448,7 @@ HOSTILE_BYTES: dict[str, Callable[[], bytes]] = {
     "of-a-name-of-bytes": lambda: (
         model(nodes=[helper.make_node("Neg", ["sample"], ["@@@"])]).SerializeToString().replace(b"@@@", b"\xff\xfe@")
     ),
+    "of-a-dimension-of-bytes": lambda: model(output=("@@@", 3, 8, 8)).SerializeToString().replace(b"@@@", b"\xff\xfe@"),
     "of-groups": lambda: b"\x0b" * 100_000,
     "of-a-field-beyond-32-bits": lambda: model().SerializeToString() + varint(1 << 32 | 20 << 3 | 2) + b"\0",
     "of-a-million-fields": lambda: field(7, field(1, b"") * 1_000_000),
@@ -715,6 +723,17 @@ for name, make_checkpoint in GREEDY_CHECKPOINTS.items():
         f"checkpoint-{name}", "export", checkpoint(holding(make_checkpoint)),
         memory=True,
     )  # fmt: skip
+
+
+def directory_of_gigabytes(path: Path) -> None:
+    """A zip archive without a block on the disk, whose end says that all before it is the list of its files."""
+    size = 3 << 29
+    sparse(path, size, b"PK\x03\x04")
+    with path.open("ab") as file:
+        file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, size, 0, 0))
+
+
+case("checkpoint-of-a-directory-of-gigabytes", "export", checkpoint(directory_of_gigabytes), memory=True)
 case("checkpoint-that-is-a-folder", "export", checkpoint(Path.mkdir))
 case("checkpoint-that-is-a-pipe", "export", checkpoint(os.mkfifo))
 case("checkpoint-that-is-a-device", "export", checkpoint(lambda path: path.symlink_to("/dev/zero")))
@@ -796,6 +815,8 @@ SUPERNETS: dict[str, Change] = {
     "spec-of-endless-blocks": spec_with(num_res_blocks=65535),
     "spec-of-another-network": spec_with(num_res_blocks=2),
     "schedule-of-5000-digits": metadata("noise_schedule", "9" * 5000),
+    "schedule-of-a-beta-of-400-digits": metadata("noise_schedule", '{"type":"linear","beta_start":-1' + "0" * 400
+        + ',"beta_end":0.1,"timesteps":1000,"variance_type":"fixed_large"}'),
     "schedule-of-another-length": metadata("noise_schedule", '{"type":"linear","beta_start":0.1,"beta_end":0.1,'
         '"timesteps":7,"variance_type":"fixed_large"}'),
     "provenance-of-a-list": metadata("provenance", "[1, 2]"),
@@ -993,6 +1014,7 @@ for name, make_folder in FOLDERS.items():
     case(f"data-{name}", "train", training("pictures", make_folder))
 for name, make_folder in GREEDY_FOLDERS.items():
     case(f"data-{name}", "train", training("pictures", make_folder), memory=True)
+case("data-of-a-directory-of-gigabytes", "train", training("x.npz", directory_of_gigabytes), memory=True)
 case("data-that-is-a-pipe", "train", training("x.npz", os.mkfifo))
 case("data-that-is-a-device", "train", training("x.npz", lambda path: path.symlink_to("/dev/zero")))
 case("data-of-a-terabyte", "train", training("x.npz", lambda path: sparse(path, 1 << 40)), memory=True)

@@ -1,8 +1,10 @@
 """Whatever is done to a file, its reader returns or refuses: unbroken inputs, mutated by bytes and by structure."""
 
+import io
 import json
 import struct
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddsm_engine.errors import DdsmError
-from ddsm_engine.untrusted import MAX_JSON_DEPTH, brief, parse_json
+from ddsm_engine.untrusted import MAX_DIRECTORY_BYTES, MAX_JSON_DEPTH, brief, open_archive, parse_json, words
 from tests.hostile.corpus import safetensors
 from tests.hostile.readers import READERS
 
@@ -55,7 +57,7 @@ ODD_VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 3),
-    st.sampled_from([2**31, 2**63, -(2**63), 10**30, 10**400, 65535, 65536, 65537]),
+    st.sampled_from([2**31, 2**63, -(2**63), 10**30, 10**400, -(10**400), 65535, 65536, 65537]),
     st.floats(),
     st.text(max_size=20),
     st.sampled_from(["\ud800", "\x1b[2J", "\0", "../x", "/etc/passwd", "a" * 5000, "batch", "w004", "fp32"]),
@@ -187,6 +189,44 @@ def test_json_that_is_not_strict_is_a_value_error(text: str) -> None:
 def test_json_of_the_allowed_depth_is_read() -> None:
     text = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
     assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
+
+
+def archive_of(names: int) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number in range(names):
+            archive.writestr(f"{number:040}", b"x")
+    return buffer.getvalue()
+
+
+def test_an_archive_of_many_files_is_read_and_one_of_more_is_refused_before_it_is(tmp_path: Path) -> None:
+    entry = 46 + 40
+    path = tmp_path / "many.zip"
+    path.write_bytes(archive_of(MAX_DIRECTORY_BYTES // entry))
+    with open_archive(path) as archive:
+        assert archive.read(archive.namelist()[-1]) == b"x"
+    path.write_bytes(archive_of(MAX_DIRECTORY_BYTES // entry + 1))
+    with pytest.raises(zipfile.BadZipFile, match="Truncated"), open_archive(path):
+        pass
+
+
+def test_what_an_archive_holds_may_be_larger_than_its_directory_may_be(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "large.zip", "w") as archive:
+        archive.writestr("large", bytes(MAX_DIRECTORY_BYTES + 1))
+    with open_archive(tmp_path / "large.zip") as archive, archive.open("large") as stream:
+        assert len(stream.read(MAX_DIRECTORY_BYTES + 1)) == MAX_DIRECTORY_BYTES + 1
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ([], "none"),
+        (["a", "b", "c"], "a, b, c"),
+        (["\x1b[2J", 7, "c", "d", "e"], r"\x1b[2J, 7, c and 2 more"),
+    ],
+)
+def test_names_in_a_message_are_few_and_printable(names: list[object], sentence: str) -> None:
+    assert words(names) == sentence
 
 
 @given(ODD_VALUES)

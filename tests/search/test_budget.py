@@ -1,6 +1,10 @@
 """Does ``budget:20ms`` find the best of the searched strategies that this machine runs in that time?"""
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,9 +21,17 @@ from tests.search.measured import BATCH, OPTIONS, copy_bundle, keep_table
 SEARCHED = {"fast": ("w008", 9.0), "middle": ("w016", 4.0), "full": ("w032", 5.0)}
 
 
-def searched(variant: str, value: Any, *, steps: int = 5, metric: str = "a metric", kind: str = "search") -> Strategy:
-    provenance = {"kind": kind, "metric": {"name": metric, "value": value}}
-    return Strategy((variant,) * steps, "call", "ddim", steps, provenance)
+def searched(
+    variant: str,
+    value: Any,
+    *,
+    steps: int = 5,
+    kind: str = "search",
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **judged: Any,
+) -> Strategy:
+    metric = {"name": "a metric", "value": value, "images": 512, "seed": 65536} | judged
+    return Strategy((variant,) * steps, "call", "ddim", steps, {"kind": kind, "metric": metric}, dict(options))
 
 
 @pytest.fixture
@@ -31,10 +43,9 @@ def bundle_with_strategies(bundle_path: Path, tmp_path: Path) -> Bundle:
     return bundle
 
 
-def within(bundle: Bundle, text: str, **changes: Any) -> tuple[str, float]:
+def within(bundle: Bundle, text: str, **given: Any) -> tuple[str, float]:
     """Name and milliseconds, rounded as far as rounding can go."""
-    options: dict[str, Any] = {"backend": "onnxruntime", "options": OPTIONS, "batch": BATCH} | changes
-    found = strategy_within(bundle, text, **options)
+    found = strategy_within(bundle, text, backend="onnxruntime", options=OPTIONS, batch=BATCH, given=given)
     return found.name, round(found.predicted_ms, 9)
 
 
@@ -52,18 +63,57 @@ def test_a_budget_that_nothing_meets_is_refused_naming_the_fastest(bundle_with_s
 def test_only_strategies_of_the_sampler_asked_for_are_compared(bundle_with_strategies: Bundle) -> None:
     bundle = bundle_with_strategies
     searched("w008", 1.0, steps=3).save(bundle.path / "strategies" / "short.yaml")
-    with pytest.raises(StrategyError, match=r"several searches .ddim, 3 steps, by a metric; ddim, 5 steps.*--sampler"):
+    with pytest.raises(StrategyError, match=r"several searches.*ddim with 3 steps, by a metric.*; ddim with 5 steps"):
         within(bundle, "budget:10ms")
     assert within(bundle, "budget:10ms", steps=3)[0] == "short"
     assert within(bundle, "budget:10ms", sampler="ddim", steps=5)[0] == "middle"
-    with pytest.raises(StrategyError, match=r"holds no searched strategy for heun, any steps"):
+    with pytest.raises(StrategyError, match=r"holds no searched strategy for sampler heun to choose from"):
         within(bundle, "budget:10ms", sampler="heun")
 
 
-def test_values_of_two_metrics_are_not_compared(bundle_with_strategies: Bundle) -> None:
-    searched("w008", 0.1, metric="another").save(bundle_with_strategies.path / "strategies" / "other.yaml")
-    with pytest.raises(StrategyError, match=r"by a metric; ddim, 5 steps, by another|by another; ddim"):
+def test_only_strategies_that_were_searched_with_the_clip_asked_for_are_compared(
+    bundle_with_strategies: Bundle,
+) -> None:
+    bundle = bundle_with_strategies
+    searched("w008", 1.0, options={"clip_sample": 1.0}).save(bundle.path / "strategies" / "clipped.yaml")
+    with pytest.raises(StrategyError, match=r"several searches.*steps, clip_sample 1.0, by a metric"):
+        within(bundle, "budget:10ms")
+    assert within(bundle, "budget:10ms", clip_sample=1.0)[0] == "clipped"
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"name": "another"}, "by another of 512 images, seed 65536"),
+        ({"images": 256}, "by a metric of 256 images, seed 65536"),
+        ({"seed": 7}, "by a metric of 512 images, seed 7"),
+    ],
+    ids=str,
+)
+def test_values_of_two_metrics_or_of_other_images_are_not_compared(
+    bundle_with_strategies: Bundle, changes: dict[str, Any], found: str
+) -> None:
+    searched("w008", 0.1, **changes).save(bundle_with_strategies.path / "strategies" / "other.yaml")
+    with pytest.raises(StrategyError, match=f"cannot be compared.*{found}"):
         within(bundle_with_strategies, "budget:10ms")
+
+
+def test_a_search_here_takes_the_place_of_what_the_bundle_came_with(bundle_with_strategies: Bundle) -> None:
+    bundle = bundle_with_strategies
+    file = bundle.path / "strategies" / "coarse.yaml"
+    searched("w008", 0.001, images=256).save(file)
+    content = file.read_bytes()
+    files = tuple(
+        replace(info, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+        if info.path == "strategies/coarse.yaml" else info
+        for info in bundle.manifest.files
+    )  # fmt: skip
+    bundle = Bundle(bundle.path, replace(bundle.manifest, files=files))
+    keep_table(bundle)
+    assert within(bundle, "budget:10ms")[0] == "middle"
+    for name in SEARCHED:
+        (bundle.path / "strategies" / f"{name}.yaml").unlink()
+    assert within(bundle, "budget:10ms")[0] == "coarse"
 
 
 def test_somebodys_own_strategies_are_not_chosen_from(bundle_with_strategies: Bundle) -> None:
@@ -107,7 +157,7 @@ def test_a_run_takes_the_strategy_with_its_own_sampler_and_says_which(
 ) -> None:
     common = ["--bundle", str(bundle_with_strategies.path), "--backend", "onnxruntime", "--num-images", str(BATCH)]
     trace = tmp_path / "trace.json"
-    line = [*common, "--strategy", "budget:10ms", "-o", str(tmp_path / "x.npz"), "--clip-sample", "-v"]
+    line = [*common, "--strategy", "budget:10ms", "-o", str(tmp_path / "x.npz"), "-v"]
     assert run([*line, "--trace", str(trace)]) == 0
     printed = capsys.readouterr()
     assert "budget:10ms: middle, 10.0 ms an image expected" in printed.err

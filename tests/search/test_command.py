@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from ddsm_engine.bundle import Bundle
+from ddsm_engine.errors import OutputError
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.quality import choose_metric, paired_interval
 from ddsm_engine.search import command
 from ddsm_engine.search.command import HOLDOUT_SEED, RECORD, REPORT, main
+from ddsm_engine.search.record import put_into_bundle
 from ddsm_engine.search.report import FULL, write_report
 from ddsm_engine.search.trials import JOURNAL, PARTS, Calls, Trials
 from ddsm_engine.strategy import Strategy
@@ -74,15 +76,16 @@ def test_a_search_leaves_strategies_a_record_and_a_report(
         swaps = sum(max(SWAP_MS[b], 0) for a, b in itertools.pairwise(calls) if a != b)
         assert entry["cost"] == entry["predicted_ms"] == pytest.approx((sum(MS[v] for v in calls) + swaps) / BATCH)
         if entry["name"] != FULL:
-            assert entry["name"] == f"ddim{STEPS}-{100 * entry['cost'] / costs[-1]:02.0f}"
+            assert entry["name"] == f"ddim{STEPS}-clip1-{100 * entry['cost'] / costs[-1]:02.0f}"
     # The bundle holds them, each with its provenance, and is still whole.
-    assert set(measured.strategies()) == {"coarse", *names[:-1]}
-    for entry in record["front"][:-1]:
-        strategy = Strategy.load(measured.strategy_file(entry["name"]))
+    names[-1] = f"ddim{STEPS}-clip1-100"
+    assert set(measured.strategies()) == {"coarse", *names}
+    for name, entry in zip(names, record["front"], strict=True):
+        strategy = Strategy.load(measured.strategy_file(name))
         assert strategy.resolve(measured.manifest.variants) == calls_of(entry)
         assert (strategy.axis, strategy.sampler, strategy.steps) == ("call", "ddim", STEPS)
         assert strategy.provenance["metric"]["value"] == entry["holdout"]["value"]
-        assert (strategy.provenance["kind"], strategy.provenance["clip_sample"]) == ("search", 1.0)
+        assert (strategy.provenance["kind"], strategy.options) == ("search", {"clip_sample": 1.0})
     assert verify([str(measured.path), "--backend", "onnxruntime"]) == 0
     # Nothing that is reported was seen by the search.
     assert record["metric"]["holdout_seed"] == HOLDOUT_SEED
@@ -98,10 +101,22 @@ def test_a_search_leaves_strategies_a_record_and_a_report(
     assert record["spent"]["holdout"] == len(names) * HOLDOUT * STEPS
     assert len(record["seeds"]) == PARTS
     page = (folder / REPORT).read_text()
-    assert all(name in page for name in names)
+    assert all(name in page for name in [*names[:-1], FULL])
     assert page.count("<img ") == len(names)
     assert f"{HOLDOUT} images of each that the search has not seen" in printed
     assert all(name in printed for name in names)
+
+
+def test_strategies_are_not_written_through_a_link_out_of_the_bundle(measured: Bundle, refusal: Refusal) -> None:
+    outside = measured.path.parent / "outside"
+    (measured.path / "strategies").rename(outside)
+    (measured.path / "strategies").symlink_to(outside)
+    before = {file.name: file.read_bytes() for file in outside.iterdir()}
+    with pytest.raises(OutputError, match="strategies cannot be written: it is a link that leaves the bundle"):
+        put_into_bundle(measured, {"mine": Strategy.uniform(0.5, 1000)})
+    assert "it is a link that leaves the bundle" in refusal(main, measured.path, *OPTIONS), "before it searches"
+    assert not measured.path.with_suffix(".search").exists()
+    assert {file.name: file.read_bytes() for file in outside.iterdir()} == before
 
 
 def test_what_is_reported_of_a_strategy_can_be_computed_from_its_images(measured: Bundle) -> None:
@@ -151,13 +166,13 @@ def test_a_search_that_was_stopped_ends_as_if_it_had_not_been(
         assert main([str(word) for word in (measured.path, *OPTIONS)]) == 1
     assert set(measured.strategies()) == {"coarse"}
     drawn: list[Calls] = []
-    draw = Trials.draw_chunk
+    draw = Trials.draw_batch
 
     def counting(self: Trials, calls: Calls, *where: int) -> Any:
         drawn.append(calls)
         return draw(self, calls, *where)
 
-    monkeypatch.setattr(Trials, "draw_chunk", counting)
+    monkeypatch.setattr(Trials, "draw_batch", counting)
     assert timeless(search(measured)) == timeless(whole)
     again = {calls for calls in judged if calls in drawn[: PARTS * (len(whole["evaluations"]) - after)]}
     assert not again, "what was judged before is not drawn again"
@@ -166,18 +181,46 @@ def test_a_search_that_was_stopped_ends_as_if_it_had_not_been(
 def test_a_later_search_replaces_its_own_strategies_and_no_others(measured: Bundle) -> None:
     own = measured.path / "strategies" / "mine.yaml"
     Strategy(("w008",) * STEPS, "call", "ddim", STEPS, {"note": "mine"}).save(own)
-    first = {entry["name"] for entry in search(measured)["front"]} - {FULL}
-    stale = Strategy(("w008",) * STEPS, "call", "ddim", STEPS, {"kind": "search"})
-    stale.save(measured.path / "strategies" / f"ddim{STEPS}-99.yaml")
-    other = Strategy(("w008",) * 9, "call", "ddim", 9, {"kind": "search"})
-    other.save(measured.path / "strategies" / "ddim9-50.yaml")
     search(measured)
-    assert set(measured.strategies()) == {"coarse", "mine", "ddim9-50", *first}
+    first = set(measured.strategies())
+
+    def leave(name: str, steps: int, options: dict[str, Any]) -> None:
+        left = Strategy(("w008",) * steps, "call", "ddim", steps, {"kind": "search"}, options)
+        left.save(measured.path / "strategies" / f"{name}.yaml")
+
+    leave("stale", STEPS, {"clip_sample": 1.0})
+    leave("ddim9-50", 9, {"clip_sample": 1.0})
+    leave("unclipped", STEPS, {})
+    leave("noisy", STEPS, {"clip_sample": 1.0, "eta": 1.0})
+    search(measured)
+    assert set(measured.strategies()) == {"ddim9-50", "unclipped", "noisy", *first}
+    search(measured, "--eta", 0.5)
+    beside = set(measured.strategies()) - first
+    assert {name.rpartition("-")[0] for name in beside} >= {f"ddim{STEPS}-eta0.5-clip1"}, "another search"
+
+
+def test_what_was_searched_is_drawn_as_it_was_judged(measured: Bundle) -> None:
+    record = search(measured, "--eta", 0.5)
+    with Pipeline.from_bundle(measured.path, backend="onnxruntime") as pipe:
+        judged = pipe.sampler("ddim", STEPS, eta=0.5, clip_sample=1.0)
+        for name in measured.strategies().keys() - {"coarse"}:
+            plan = pipe.plan(name)
+            assert plan.bound == judged.bound
+            assert (plan.update == judged.update.astype(np.float32)).all()
+    assert record["options"] == {"eta": 0.5, "clip_sample": 1.0}
 
 
 @pytest.mark.parametrize("method", ["nsga2", "scalar", "random"])
 def test_the_published_search_and_random_search_leave_the_same(measured: Bundle, method: str) -> None:
-    small = ("--method", method, "--population", 8 if method != "random" else 5, "--generations", 2)
+    small = (
+        "--method",
+        method,
+        *(["--weight", 0.1] if method == "scalar" else []),
+        "--population",
+        8 if method != "random" else 5,
+        "--generations",
+        2,
+    )
     record = search(measured, *small)
     origins = [entry["origin"] for entry in record["evaluations"]]
     assert set(origins) <= {method, "uniform"}
@@ -227,7 +270,11 @@ REFUSED: dict[str, tuple[list[object], str]] = {
     "one held out image": (["--holdout", 1], r"--holdout must be at least 2"),
     "no points": (["--points", 0], r"--points must be at least 1"),
     "population": (["--population", 1], r"--population must be at least 2"),
-    "weight": (["--weight", "nan"], r"--weight must not be negative, found nan"),
+    "weight": (["--weight", "nan"], r"--weight must be a number of at least 0, found nan"),
+    "a weight of no unit": (
+        ["--method", "scalar"],
+        r"needs --weight, in units of the metric per millisecond, or --cost",
+    ),
     "swaps": (["--max-swaps", -1], r"the number of swaps cannot be less than 0"),
     "sampler": (["--sampler", "magic"], r"magic"),
     "a metric without what it needs": (["--metric", "frechet"], r"needs a feature network"),

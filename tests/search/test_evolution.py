@@ -1,6 +1,6 @@
 import sys
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ class Judge:
         return cost / 10, sum((k + 1) * (top - gene) ** 1.5 for k, (gene, _) in enumerate(genes))
 
 
-Search = Callable[[Judge, int], list[Genome] | Genome]
+Search = Callable[[Judge, int], None]
 SEARCHES: dict[str, Search] = {
     "nsga2": lambda judge, seed: nsga2(judge.space, judge, seed=seed, population=20, generations=6),
     "scalar": lambda judge, seed: scalar(judge.space, judge, 0.25, seed=seed, population=20, generations=6),
@@ -168,25 +168,12 @@ def test_the_front_comes_near_the_exact_one_and_nearer_than_random_search(seed: 
     every = [judge.scores(genome) for genome in product(range(4), repeat=5)]
     corner = (max(cost for cost, _ in every), max(value for _, value in every))
     exact = dominated_area(every, corner)
-    front = nsga2(SMALL, judge, seed=seed, population=30, generations=10)
+    nsga2(SMALL, judge, seed=seed, population=30, generations=10)
     assert len(judge.answers) <= 300, "less than a third of all"
-    random = random_search(SMALL, Judge(SMALL), seed=seed, count=300)
-    reached, by_chance = (
-        dominated_area([judge.scores(genome) for genome in found], corner) / exact for found in (front, random)
-    )
+    random_search(SMALL, chance := Judge(SMALL), seed=seed, count=300)
+    reached, by_chance = (dominated_area([*own.answers.values()], corner) / exact for own in (judge, chance))
     assert reached > 0.98
     assert reached > by_chance
-
-
-@pytest.mark.parametrize("search", ["nsga2", "random"])
-def test_what_is_found_is_the_front_of_all_that_was_assessed_cheapest_first(search: str) -> None:
-    judge = Judge(SMALL)
-    front = SEARCHES[search](judge, 2)
-    scores = [judge.answers[genome] for genome in front if isinstance(genome, tuple)]
-    assert len(scores) == len(front) > 5
-    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(scores))
-    others = set(judge.answers.values()) - set(scores)
-    assert all(any(f[0] <= o[0] and f[1] <= o[1] for f in scores) for o in others)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.25, 2.0])
@@ -199,8 +186,8 @@ def test_the_scalar_form_finds_the_optimum_of_a_small_space(weight: float) -> No
         return value + weight * cost
 
     best = min(product(range(4), repeat=3), key=objective)
-    found = scalar(space, judge, weight, seed=0, population=12, generations=5)
-    assert objective(found) == pytest.approx(objective(best))
+    scalar(space, judge, weight, seed=0, population=12, generations=5)
+    assert min(map(objective, judge.answers)) == pytest.approx(objective(best))
     assert len(judge.answers) <= 60
 
 
@@ -231,7 +218,8 @@ def test_without_pymoo_the_extra_to_install_is_named(
     assert guarded(command) == 1
     assert capsys.readouterr().err == "error: pymoo is not installed: pip install 'ddsm-engine[search]'\n"
     assert judge.asked == []
-    assert random_search(SMALL, judge, seed=0, count=5), "what needs no pymoo works"
+    random_search(SMALL, judge, seed=0, count=5)
+    assert len(judge.asked) == 5, "what needs no pymoo works"
 
 
 @given(st.lists(st.integers(0, 3), min_size=5, max_size=5))

@@ -57,7 +57,7 @@ def example() -> Record:
         "seed": 3,
         "sampler": "ddim",
         "steps": 10,
-        "clip_sample": 1.0,
+        "options": {"clip_sample": 1.0},
         "timesteps": [900.0 - 100 * k for k in range(10)],
         "groups": [2, 2, 2, 2, 2],
         "variants": [{"id": name, "label": label, "gflops": gflops} for name, label, gflops in WIDTHS],
@@ -266,7 +266,7 @@ def test_without_pictures_the_page_says_so() -> None:
 def test_an_empty_search_is_a_page() -> None:
     record = example()
     record |= {"front": [], "evaluations": [], "seeds": [], "spent": {}, "error_table": None, "surrogate": None}
-    record |= {"clip_sample": None, "environment": {}}
+    record |= {"options": {}, "environment": {}}
     record["cost"]["target"] = None
     text = page(record, {})
     Reader(text)

@@ -13,7 +13,7 @@ from ddsm_engine.errors import OutputError
 from ddsm_engine.pipeline import Pipeline
 from ddsm_engine.quality import Images, Rows
 from ddsm_engine.search import trials as module
-from ddsm_engine.search.trials import JOURNAL, PARTS, Trials, chunks_of, run_lengths, spell_calls
+from ddsm_engine.search.trials import JOURNAL, PARTS, Trials, run_lengths, spell_calls
 
 BATCH = 2
 CALLS = ("w008", "w016", "w016")
@@ -123,7 +123,7 @@ def test_rows_that_were_damaged_are_drawn_again(
     for file in (tmp_path / module.ROWS).iterdir():
         file.write_bytes(file.read_bytes()[:20])
     again, metric = trials(pipe, tmp_path)
-    assert (again.draw(CALLS, seed=9, images=4).rows == before.rows).all()
+    assert (again.draw(CALLS, seed=9, images=4) == before).all()
     assert metric.described
     assert "is damaged and is drawn again" in caplog.text
 
@@ -134,24 +134,20 @@ def test_a_foreign_journal_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
         trials(pipe, tmp_path)
 
 
-def test_images_in_chunks_are_the_images_of_one_run(
-    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4)
+def test_batches_are_those_of_one_run(pipe: Pipeline) -> None:
     own, metric = trials(pipe, None)
     drawn = own.draw(CALLS, seed=5, images=11)
     whole = pipe.draw(own.plan(CALLS), num_images=11, batch_size=BATCH, seed=5).images
     assert (np.concatenate(metric.described) == whole).all()
-    assert len(drawn.rows) == 11
-    assert len(drawn.ms_per_image) == 6
-    assert (drawn.ms_per_image > 0).all()
-    assert list(tmp_path.iterdir()) == []
+    assert len(drawn) == 11
 
 
-def test_chunks_are_whole_batches() -> None:
-    assert chunks_of(150, 16) == [(0, 64), (64, 64), (128, 22)]
-    assert chunks_of(150, 100) == [(0, 100), (100, 50)]
-    assert chunks_of(5, 16) == [(0, 5)]
+def test_only_what_is_really_drawn_takes_time(pipe: Pipeline, tmp_path: Path) -> None:
+    own, _ = trials(pipe, tmp_path)
+    found = [own.draw_batch(CALLS, 5, first, count).ms_per_image for first, count in ((2, 2), (4, 1), (2, 2))]
+    assert found[2] is None, "the machine may have been another one when it was kept"
+    assert all(ms is not None and ms > 0 for ms in found[:2])
+    assert own.time_batch(CALLS) > 0
 
 
 def test_candidates_are_spelt_as_runs() -> None:

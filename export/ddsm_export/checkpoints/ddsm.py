@@ -3,8 +3,8 @@
 The file is a pickle of tensors without any configuration. Keys and shapes tell the topology; ``Facts`` tell the rest.
 """
 
+import io
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from ddsm_engine.networks.slicing import empty_unet
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.time_table import sinusoid
-from ddsm_engine.untrusted import brief
+from ddsm_engine.untrusted import UNREADABLE, ArchiveFile, brief, open_archive, word, words
 from ddsm_export.checkpoints.flagfile import Facts
 from ddsm_export.checkpoints.instructions import MAX_PICKLE_BYTES, check_instructions
 from ddsm_export.supernet import Supernet
@@ -56,26 +56,10 @@ _PUBLISHED_NAMES = (
 
 _MOST_KEYS = 1 << 14  # CIFAR-10's network has 329
 _MOST_BYTES = 1 << 35  # four sets of weights of the largest network, float32
+_STORAGE = re.compile(r"data/\d+")
 _PICKLES_OF_OLD_FORMAT = 5  # a number, the version, the machine, the content, the storages' names
 
-# What an unpickler and an archive reader raise on bytes that were not written for them.
-_UNREADABLE = (
-    UnpicklingError,
-    zipfile.BadZipFile,
-    SafetensorError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ImportError,
-    OverflowError,
-    MemoryError,
-)
+_UNREADABLE = (*UNREADABLE, UnpicklingError, SafetensorError, AttributeError, AssertionError, ImportError)
 
 
 def read_checkpoint(path: Path, facts: Facts, weights: Weights = "ema") -> Supernet:
@@ -153,12 +137,15 @@ def _pickles(path: Path, *, is_archive: bool) -> tuple[bytes, int]:
     if not is_archive:
         with path.open("rb") as file:
             return file.read(MAX_PICKLE_BYTES), _PICKLES_OF_OLD_FORMAT
-    archive = torch._C.PyTorchFileReader(str(path))
-    if "data.pkl" not in archive.get_all_records():
-        return b"", 0  # torch says what it is instead
-    if archive.get_record_size("data.pkl") > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"refused: its pickle has more than {MAX_PICKLE_BYTES} bytes")
-    return archive.get_record("data.pkl"), 1
+    with ArchiveFile(io.FileIO(path)) as file:
+        archive = torch._C.PyTorchFileReader(file)
+        records = archive.get_all_records()
+        for name in records:
+            # What torch reads whole beside the tensors, which it maps.
+            if not _STORAGE.fullmatch(name) and archive.get_record_size(name) > MAX_PICKLE_BYTES:
+                raise CheckpointError(f"refused: its record {word(name)} has more than {MAX_PICKLE_BYTES} bytes")
+        # Without a pickle torch says what it is instead.
+        return (archive.get_record("data.pkl"), 1) if "data.pkl" in records else (b"", 0)
 
 
 def _is_archive(path: Path) -> bool:
@@ -169,7 +156,7 @@ def _is_archive(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
                 raise CheckpointError(
                     "it is a compressed archive; expected a checkpoint as torch.save writes it: unpack and "
@@ -218,7 +205,7 @@ def _choose(content: Mapping[Any, Any], weights: Weights) -> tuple[dict[str, Ten
         raise CheckpointError(f"expected {wanted}, found only {other}: add --weights {flag} to take that instead")
     if not any(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(
-            f"expected a dict with ema_model or net_model, or a state dict of tensors; found {_some(content)}"
+            f"expected a dict with ema_model or net_model, or a state dict of tensors; found {words(content)}"
         )
     if weights == "net":
         raise CheckpointError("this is a bare state dict with one set of weights: leave out --weights net")
@@ -322,7 +309,7 @@ def _levels(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _shape(state: Mapping[str, Tensor], key: str, *, axes: int) -> tuple[int, ...]:
     if key not in state:
-        raise CheckpointError(f"another architecture: expected DDSM's U-Net, which has {key}; found {_some(state)}")
+        raise CheckpointError(f"another architecture: expected DDSM's U-Net, which has {key}; found {words(state)}")
     shape = tuple(state[key].shape)
     if len(shape) != axes:
         raise CheckpointError(
@@ -388,8 +375,8 @@ def _fit(state: Mapping[str, Tensor], spec: UNetSpec) -> dict[str, Tensor]:
     unknown = sorted(state.keys() - keys.values() - {_TIME_TABLE})
     if missing or unknown:
         raise CheckpointError(
-            f"the keys do not fit the architecture that its other keys tell: missing {_some(missing)}, "
-            f"unexpected {_some(unknown)}"
+            f"the keys do not fit the architecture that its other keys tell: missing {words(missing)}, "
+            f"unexpected {words(unknown)}"
         )
     weights = {}
     for name, parameter in expected.items():
@@ -407,9 +394,3 @@ def _published_name(name: str) -> str:
     for ours, theirs in _PUBLISHED_NAMES:
         name = re.sub(ours, theirs, name)
     return name
-
-
-def _some(names: Mapping[Any, Any] | list[str]) -> str:
-    """At most three names, short enough for one line."""
-    shown = ", ".join(brief(name) for name in list(names)[:3]) or "none"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,7 +23,7 @@ from ddsm_engine.noise_schedule import SCHEDULE_TYPES, VARIANCE_TYPES, NoiseSche
 from ddsm_engine.samplers import PREDICTION_TYPES, PredictionType
 from ddsm_engine.samplers.config import MAX_CONFIG_BYTES
 from ddsm_engine.spec import UNetSpec
-from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of
+from ddsm_engine.untrusted import brief, open_safetensors, parse_json, read_bytes, shapes_of, words
 from ddsm_export.checkpoints.ddsm import read_state_dict
 from ddsm_export.checkpoints.flagfile import Facts
 from ddsm_export.diffusers import diffusers_name
@@ -392,7 +392,7 @@ def _keys(found: Collection[str], theirs: Mapping[str, str]) -> dict[str, str]:
     unknown = sorted(key for key in found if _modern(key) not in theirs or modern[_modern(key)] != key)
     if missing or unknown:
         raise CheckpointError(
-            f"the weights are not those of its {CONFIG}: missing {_some(missing)}, unexpected {_some(unknown)}"
+            f"the weights are not those of its {CONFIG}: missing {words(missing)}, unexpected {words(unknown)}"
         )
     return {ours: modern[name] for name, ours in theirs.items()}
 
@@ -401,8 +401,3 @@ def _modern(key: str) -> str:
     layer, _, kind = key.rpartition(".")
     holder, _, last = layer.rpartition(".")
     return f"{holder}.{_ATTENTION[last]}.{kind}" if ".attentions." in layer and last in _ATTENTION else key
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(brief(name)[1:-1] for name in names[:3]) or "none"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ddsm_engine.backends.engine import MAX_THREADS
 from ddsm_engine.cli import guarded
 from ddsm_engine.errors import BackendError, SpecError
 from ddsm_engine.files import clear_leftovers, only_one_process, write_atomically
@@ -25,6 +26,18 @@ STATE = "state.safetensors"
 SUPERNET = "supernet.safetensors"
 SAMPLES = "samples"
 LOG = "log.jsonl"
+
+POSITIVE = ("images", "batch_size", "lr", "grad_clip")
+
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "seed": (0, 2**43 - 1),  # every step's own, a million times as large and more, is of 64 bits
+    "ema_decay": (0, 1),  # a ceiling, which 1 takes away
+    "middle_widths": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "threads": (0, MAX_THREADS),
+    "save_every": (0, math.inf),
+}
+"""Option → the least and the most that it takes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,9 +101,7 @@ def train(arguments: argparse.Namespace) -> None:
     """
     a = arguments
     spec = spec_from_options(a)
-    for name in ("images", "batch_size", "lr", "grad_clip"):
-        if not getattr(a, name) > 0:
-            raise SpecError(f"--{name.replace('_', '-')} must be positive, found {getattr(a, name)}")
+    check_numbers(a)
     # Imported here so that --help and a wrong option answer at once, without torch.
     import torch
 
@@ -132,7 +143,7 @@ def train(arguments: argparse.Namespace) -> None:
         provenance["init"] = dict(init.provenance)
     native = a.device == "cuda" or torch.cpu._is_amx_tile_supported()
     bf16 = a.precision == "bf16" or (a.precision == "auto" and native)
-    steps = math.ceil(a.images / a.batch_size)
+    steps = -(-a.images // a.batch_size)
     a.output.mkdir(parents=True, exist_ok=True)
     with only_one_process(a.output):
         clear_leftovers(a.output)
@@ -155,6 +166,23 @@ def train(arguments: argparse.Namespace) -> None:
             )
         progress.draw()
     print(f"{a.output / SUPERNET}: cut it with: ddsm-export {a.output / SUPERNET}")
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse what a training would only stumble over, or take for something else, when it has begun.
+
+    Raises:
+        SpecError: a number that cannot be.
+    """
+    for name, found in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in POSITIVE and not 0 < found < math.inf:
+            raise SpecError(f"{option} must be positive and finite, found {found}")
+        if name in LIMITS:
+            least, most = LIMITS[name]
+            if not least <= found <= most:
+                expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise SpecError(f"{option} must be {expected}, found {found}")
 
 
 def spec_from_options(arguments: argparse.Namespace) -> UNetSpec:

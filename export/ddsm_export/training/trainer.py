@@ -295,7 +295,7 @@ def load_state(identity: Mapping[str, Any], path: Path) -> TrainingState:
             step, losses = _progress(header)
             _check_same_training(parse_json(header["identity"]), identity, path)
             tensors = _read_tensors(file, UNetSpec.from_json(identity["spec"]))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
         detail = str(error)[:300]
         raise CheckpointError(f"{path} is not a readable training state: {detail}; remove it to start anew") from error
 

@@ -11,7 +11,7 @@ import pytest
 from ddsm_engine.errors import SamplerError
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.samplers import NAMES, Clip, DynamicThreshold, make_sampler
-from ddsm_engine.samplers.config import CLASSES
+from ddsm_engine.samplers.config import _RARER, CLASSES, GRIDS
 
 SCHEDULE = NoiseSchedule(1e-4, 0.02, 1000)
 TRAINING = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -60,6 +60,26 @@ def test_the_other_orders_and_forms_have_names_too(name: str) -> None:
     assert make_sampler(name, SCHEDULE, 12).name == name
 
 
+def names_with_grids() -> list[str]:
+    """Every name, by itself and with each of the grids that its class has."""
+    grids: dict[str, dict[str, Any]] = {"": {}} | {f":{grid}": setting for grid, setting in GRIDS.items()}
+    return [
+        name + grid
+        for name, own in {**NAMES, **_RARER}.items()
+        for grid, setting in grids.items()
+        if setting.keys() <= CLASSES[own["_class_name"]].keys()
+    ]
+
+
+@pytest.mark.parametrize("name", names_with_grids())
+def test_every_name_with_every_grid_is_a_table_of_finite_numbers(name: str) -> None:
+    # The older form with noise has no third order, which runs of up to 4 steps do without.
+    for steps in (1, 2, 3, 4) if name.startswith("sde-dpm3m") else (1, 2, 3, 4, 5, 10, 15, 25):
+        table = make_sampler(name, SCHEDULE, steps)
+        assert table.calls >= steps
+        assert np.isfinite(table.update).all(), steps
+
+
 def _class_of(name: str) -> dict[str, Any]:
     own = NAMES[name.partition(":")[0]]
     return {"kind": own["_class_name"], **{key: value for key, value in own.items() if key != "_class_name"}}
@@ -93,6 +113,12 @@ def test_a_bound_is_what_the_config_says_unless_the_caller_says_otherwise() -> N
     assert make_sampler("unipc", SCHEDULE, 5, clip_sample=1.0).bound == Clip(1.0)
 
 
+def test_steps_may_be_numpy_s() -> None:
+    table = make_sampler("unipc", SCHEDULE, np.uint8(200))  # type: ignore[arg-type]
+    assert type(table.steps) is int
+    np.testing.assert_array_equal(table.update, make_sampler("unipc", SCHEDULE, 200).update)
+
+
 def test_a_config_over_the_same_betas_in_a_list_is_read() -> None:
     same = config("DDIMScheduler", trained_betas=SCHEDULE.betas.tolist(), beta_start=0.5)
     assert make_sampler(same, SCHEDULE, 5).calls == 5
@@ -106,6 +132,8 @@ REFUSED: list[tuple[object, dict[str, Any], str]] = [
     ("heun", {"eta": 0.0, "steps": 5}, "heun takes no eta"),
     ("ddim", {"steps": 0}, "ddim takes 1 to 1000 steps, found 0"),
     ("ddim", {"steps": 1001}, "ddim takes 1 to 1000 steps, found 1001"),
+    ("ddim", {"steps": 4.0}, "ddim takes 1 to 1000 steps, found 4.0"),
+    ("ddim", {"steps": "4"}, "ddim takes 1 to 1000 steps, found '4'"),
     ("ddim", {"eta": 1.5}, "eta must lie in"),
     ("ddim", {"clip_sample": 0.0}, "must be positive"),
     ("heun", {}, "heun needs a number of steps"),
@@ -137,9 +165,9 @@ REFUSED: list[tuple[object, dict[str, Any], str]] = [
     (config("DPMSolverMultistepScheduler", algorithm_type="dpmsolver"), {"steps": 5}, "no finite coefficients"),
     (config("UniPCMultistepScheduler", predict_x0=False), {"steps": 5}, "no finite coefficients"),
     (
-        config("UniPCMultistepScheduler", use_karras_sigmas=True, final_sigmas_type="sigma_min"),
+        config("UniPCMultistepScheduler", solver_order=3, lower_order_final=False),
         {"steps": 5},
-        "make two calls at one noise level",
+        "unipc3 with 5 .* cannot",
     ),
     (
         config(

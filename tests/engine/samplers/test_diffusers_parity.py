@@ -7,6 +7,7 @@ import pytest
 
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.samplers import make_sampler
+from ddsm_engine.samplers.config import CLASSES
 from tests.engine.samplers.replay import (
     config_of,
     diffusers_in_double,
@@ -32,12 +33,13 @@ def cases() -> list[Case]:
     spacings = [{"timestep_spacing": s} for s in ("linspace", "leading", "trailing")]
     levels = [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}]
     threshold = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    low = {"thresholding": True, "sample_max_value": 0.5}
     found: list[Case] = []
 
     def add(kind: str, *options: dict[str, Any]) -> None:
         found.extend((kind, option) for option in options)
 
-    add("DDPMScheduler", *spacings, {"clip_sample": False}, threshold, {"steps_offset": 1})
+    add("DDPMScheduler", *spacings, {"clip_sample": False}, threshold, low, {"steps_offset": 1})
     add("DDPMScheduler", *({"variance_type": v, "clip_sample": False} for v in ("fixed_small_log", "fixed_large")))
     add("DDIMScheduler", *spacings, {"clip_sample": False}, threshold, {"steps_offset": 1})
     add("DDIMScheduler", {"set_alpha_to_one": False}, {"clip_sample_range": 0.7})
@@ -99,6 +101,50 @@ def test_whole_trajectories_equal_diffusers_in_float64(
             call,
             timesteps[call],
         )
+
+
+def ends_without_length() -> list[Case]:
+    """Grids of levels down to the last trained one, which is also where the run ends: its last step has no length."""
+    levels = ["use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"]
+    found: list[Case] = []
+    for kind, field in (
+        ("DPMSolverMultistepScheduler", "algorithm_type"),
+        ("DPMSolverSinglestepScheduler", "algorithm_type"),
+        ("UniPCMultistepScheduler", "predict_x0"),
+    ):
+        options = CLASSES[kind]
+        found.extend(
+            (kind, {grid: True, "final_sigmas_type": "sigma_min", "solver_order": order, field: form})
+            for grid in levels
+            if grid in options
+            for order in options["solver_order"][1]
+            for form in options[field][1]
+            if (form, order) != ("sde-dpmsolver", 3)
+        )
+    return found
+
+
+@pytest.mark.parametrize("steps", [4, 10, 25])
+@pytest.mark.parametrize(("kind", "fields"), ends_without_length(), ids=name)
+def test_a_last_step_of_no_length_ends_where_diffusers_does(kind: str, fields: dict[str, Any], steps: int) -> None:
+    rng = np.random.default_rng(steps)
+    start = rng.standard_normal(SHAPE)
+    noises = [rng.standard_normal(SHAPE) for _ in range(steps)]
+    answer = network(SCHEDULE, "epsilon")
+    with diffusers_in_double(kind):
+        scheduler = make_scheduler(kind, SCHEDULE, "epsilon", **fields)
+        timesteps, theirs = walk_diffusers(scheduler, steps, start, noises, answer, {})
+    assert float(scheduler.sigmas[-1]) == pytest.approx(float(scheduler.sigmas[-2]))
+    table = make_sampler(config_of(scheduler), SCHEDULE, steps)
+    assert table.timesteps.tolist() == pytest.approx(timesteps, abs=1e-9)
+    ours = walk_table(table, start, noises, answer)
+    if not np.isfinite(theirs[-1]).all():
+        # Theirs divides nothing by nothing, for which all other orders' step of no length stays where it is.
+        assert (kind, fields["solver_order"], steps) == ("DPMSolverMultistepScheduler", 3, 25)
+        theirs[-1] = theirs[-2]
+    for mine, expected in zip(ours, theirs, strict=True):
+        # In float64 their two levels differ by a rounding error, whose root is a share of noise.
+        assert np.abs(mine - expected).max() <= 10 * SAMPLER_DOUBLE * max(1.0, np.abs(expected).max())
 
 
 def is_stable(case: Case) -> bool:

@@ -92,6 +92,12 @@ def test_dynamic_thresholding_bounds_each_image_by_its_own_quantile() -> None:
     np.testing.assert_allclose(capped[0], np.clip(batch[0], -2, 2) / 2, rtol=1e-6)
 
 
+def test_a_largest_bound_below_1_goes_before_the_least() -> None:
+    batch = np.array([-0.2, 0.4, 0.9, 3.0], np.float32).reshape(1, 1, 2, 2)
+    DynamicThreshold(quantile=0.9, largest=0.5).apply(batch)
+    np.testing.assert_allclose(batch.ravel(), [-0.4, 0.8, 1.0, 1.0], rtol=1e-6)
+
+
 def test_a_clip_bounds_in_place() -> None:
     batch = np.array([[-3.0, 0.2, 3.0]], np.float32)
     Clip(0.5).apply(batch)

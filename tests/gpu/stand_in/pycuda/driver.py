@@ -33,15 +33,34 @@ def get_driver_version() -> int:
 
 
 class Context:
+    """A primary context as pycuda 2026.1 has it: by ``context`` and ``primary_context`` of its cuda.hpp."""
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        assert _LIBRARY.cuDevicePrimaryCtxRetain(ctypes.byref(self._handle), 0) == 0
+
     def push(self) -> None:
+        _float()
+        _LIBRARY.cuCtxPushCurrent_v2(self._handle)
         CONTEXTS.append(self)
 
     @staticmethod
     def pop() -> None:
+        _float()
         CONTEXTS.pop()
+        if CONTEXTS:
+            _LIBRARY.cuCtxPushCurrent_v2(CONTEXTS[-1]._handle)
 
     def detach(self) -> None:
         assert not CONTEXTS, "still current"
+        _LIBRARY.cuCtxPushCurrent_v2(self._handle)
+        _LIBRARY.cuDevicePrimaryCtxRelease_v2(0)
+
+
+def _float() -> None:
+    """pycuda keeps only the last of its contexts on the driver's stack."""
+    if CONTEXTS:
+        _LIBRARY.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 class Device:
