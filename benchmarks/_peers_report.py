@@ -1,6 +1,7 @@
 """The tables, the sentence and the picture of ``peers``."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 from benchmarks._report import Record, in_short, machine_line, table
@@ -80,9 +81,10 @@ def overlap(one: Record, other: Record) -> bool:
 def net_r(record: Record, measured: Mapping[str, Record], best: str) -> float:
     """R over the best that others make of the full width: their seconds / ours with the strategy / theoretical.
 
-    ``full_s_per_image`` is what the full width takes over as many calls.
+    ``full_s_per_image`` is what the full width takes over as many calls; the arithmetic is the CIFAR-10 network's.
     """
-    macs = {width: count_cost(CIFAR10, int(width)).macs for width in record["mix"]}
+    widths = {width: int(Fraction(label) * CIFAR10.base_channels) for width, label in record["widths"].items()}
+    macs = {width: count_cost(CIFAR10, of_cifar10).macs for width, of_cifar10 in widths.items()}
     calls = sum(record["mix"].values())
     theoretical = calls * macs[record["full"]] / sum(macs[width] * count for width, count in record["mix"].items())
     return float(measured[best]["full_s_per_image"] / measured[OURS]["s_per_image"] / theoretical)
