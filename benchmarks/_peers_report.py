@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks._report import Record, in_short, machine_line, table
 from benchmarks.cifar10 import CIFAR10
+from ddsm_engine.cost import theoretical_speedup
 from ddsm_export.cost import count_cost
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def rows(record: Record, title: str) -> dict[str, Record]:
 def headline(record: Record) -> list[str]:
     """Ours against the fastest peer and against the published loop, and Net R; nothing while no peer is there."""
     clauses = []
-    for title in (BATCH_1, BEST):
-        measured = rows(record, title)
+    sides = {title: measured for title in (BATCH_1, BEST) if len(measured := rows(record, title)) > 1}
+    if not sides:
+        return []
+    promised = theoretical(record)
+    for title, measured in sides.items():
         peers = [name for name in measured if name != OURS]
-        if not peers:
-            continue
         fastest = max(peers, key=lambda name: float(measured[name]["images_per_s"]))
         alike = "; their runs overlap" if overlap(measured[OURS], measured[fastest]) else ""
         clause = (
@@ -62,9 +64,7 @@ def headline(record: Record) -> list[str]:
         if PUBLISHED in measured:
             clause += f", {ratio(measured, PUBLISHED)} the loop as published in fp32"
         best = min(peers, key=lambda name: float(measured[name]["full_s_per_image"]))
-        clauses.append(f"{clause}, Net R {net_r(record, measured, best):.2f} (full width: {_label(record, best)})")
-    if not clauses:
-        return []
+        clauses.append(f"{clause}, Net R {net_r(measured, best, promised):.2f} (full width: {_label(record, best)})")
     really = f"{record['settings']['calls']} of which were run, and scaled"
     return [f"**With the published strategy over {record['timesteps']} calls, {really}: {'; '.join(clauses)}.**"]
 
@@ -78,16 +78,22 @@ def overlap(one: Record, other: Record) -> bool:
     return bool(low <= other_high and other_low <= high)
 
 
-def net_r(record: Record, measured: Mapping[str, Record], best: str) -> float:
+def theoretical(record: Record) -> float:
+    """The speed-up that the strategy's arithmetic promises on the CIFAR-10 network."""
+    macs = {
+        width: count_cost(CIFAR10, int(Fraction(label) * CIFAR10.base_channels)).macs
+        for width, label in record["widths"].items()
+    }
+    calls = [macs[width] for width, count in record["mix"].items() for _ in range(count)]
+    return theoretical_speedup(macs[record["full"]], calls)
+
+
+def net_r(measured: Mapping[str, Record], best: str, promised: float) -> float:
     """R over the best that others make of the full width: their seconds / ours with the strategy / theoretical.
 
-    ``full_s_per_image`` is what the full width takes over as many calls; the arithmetic is the CIFAR-10 network's.
+    ``full_s_per_image`` is what the full width takes over as many calls.
     """
-    widths = {width: int(Fraction(label) * CIFAR10.base_channels) for width, label in record["widths"].items()}
-    macs = {width: count_cost(CIFAR10, of_cifar10).macs for width, of_cifar10 in widths.items()}
-    calls = sum(record["mix"].values())
-    theoretical = calls * macs[record["full"]] / sum(macs[width] * count for width, count in record["mix"].items())
-    return float(measured[best]["full_s_per_image"] / measured[OURS]["s_per_image"] / theoretical)
+    return float(measured[best]["full_s_per_image"] / measured[OURS]["s_per_image"] / promised)
 
 
 def ratio(measured: Mapping[str, Record], name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from ddsm_engine.errors import BundleError, DdsmError, SamplerError
+from ddsm_engine.errors import BundleError, DdsmError, OutputError, SamplerError
 from ddsm_engine.files import clear_leftovers, sha256_of
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.onnx_file import check_onnx
@@ -453,6 +453,11 @@ class Bundle:
                 raise BundleError(f"{self.path} holds a strategy of the name {brief(file.name)}; do not use it")
         return {file.stem: file for file in files}
 
+    @property
+    def exported_strategies(self) -> frozenset[str]:
+        """Names of the strategies that it came with, which the manifest vouches for."""
+        return frozenset(Path(info.path).stem for info in self.manifest.files if info.path.startswith("strategies/"))
+
     def strategy_file(self, name: str) -> Path:
         """A strategy of the bundle by name, verified where the manifest vouches for it.
 
@@ -486,6 +491,15 @@ class Bundle:
         """Whether a path stays in the bundle when its links are followed."""
         # Not Path.resolve, which fails on links in a circle.
         return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(self.path))
+
+    def refuse_outside(self, output: Path) -> None:
+        """Refuse to write what would lie elsewhere.
+
+        Raises:
+            OutputError: a link that leaves the bundle.
+        """
+        if not self.is_inside(output):
+            raise OutputError(f"{output} cannot be written: it is a link that leaves the bundle; remove the link")
 
     def _check_inside(self, file: Path) -> None:
         if not self.is_inside(file):

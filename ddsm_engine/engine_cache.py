@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddsm_engine.bundle import Bundle, Variant, checksum_of
 from ddsm_engine.errors import BackendError, OutputError
@@ -198,6 +199,21 @@ def read_sealed(folder: Path, subject: Mapping[str, object] | None = None) -> by
         ForeignEngineError: sealed elsewhere, or made from or for something else.
         BackendError: damaged.
     """
+    return _read_vouched(folder, subject)[1]
+
+
+def sealed_target(folder: Path) -> Target:
+    """What an engine is for, once it was read as ``read_sealed`` reads it.
+
+    Raises:
+        ForeignEngineError, BackendError: as ``read_sealed``.
+    """
+    target: Target = _read_vouched(folder, None)[0]["target"]
+    return target
+
+
+def _read_vouched(folder: Path, subject: Mapping[str, object] | None) -> tuple[dict[str, Any], bytes]:
+    """What a seal vouches for, and the engine."""
     try:
         sealed = parse_json(read_bytes(folder / SEAL, MAX_SEAL_BYTES))
         claimed, sha256, size_bytes = sealed.pop("seal"), sealed["sha256"], sealed["size_bytes"]
@@ -218,7 +234,7 @@ def read_sealed(folder: Path, subject: Mapping[str, object] | None = None) -> by
         raise BackendError(
             f"the engine in {folder} is damaged: its content is not what its seal vouches for; remove that folder"
         )
-    return engine
+    return sealed, engine
 
 
 def engines_of(bundle: Bundle) -> Iterator[Path]:

@@ -23,15 +23,7 @@ from ddsm_engine.backends.engine import PRECISIONS, EngineOptions, Precision
 from ddsm_engine.backends.tensorrt import LIBRARIES
 from ddsm_engine.bundle import MANIFEST, WEIGHTS, Bundle
 from ddsm_engine.cli import batch_sizes, guarded
-from ddsm_engine.engine_cache import (
-    ENGINES,
-    MAX_SEAL_BYTES,
-    SEAL,
-    ForeignEngineError,
-    Target,
-    engines_of,
-    read_sealed,
-)
+from ddsm_engine.engine_cache import ENGINES, ForeignEngineError, Target, engines_of, sealed_target
 from ddsm_engine.errors import BackendError, DdsmError, StrategyError
 from ddsm_engine.parity import (
     BATCHES,
@@ -46,7 +38,7 @@ from ddsm_engine.pipeline import Pipeline, choose_batch_size
 from ddsm_engine.plan import compile_plan
 from ddsm_engine.samplers import make_sampler
 from ddsm_engine.strategy import Strategy
-from ddsm_engine.untrusted import parse_json, read_bytes, words
+from ddsm_engine.untrusted import words
 
 LOCAL_FOLDERS = (ENGINES, "latency")
 """Caches and measurements of single machines: whatever writes them seals them, the manifest knows none of them."""
@@ -195,8 +187,7 @@ def check_engines(bundle: Bundle) -> tuple[list[Target], int]:
     foreign = 0
     for folder in engines_of(bundle):
         try:
-            read_sealed(folder)
-            own.append(parse_json(read_bytes(folder / SEAL, MAX_SEAL_BYTES))["target"])
+            own.append(sealed_target(folder))
         except ForeignEngineError:
             foreign += 1
     return own, foreign

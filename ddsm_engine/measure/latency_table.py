@@ -53,8 +53,7 @@ def check_writable(bundle: Bundle, target: Target) -> None:
         OutputError: the bundle is read-only, or its ``latency`` is a file or leads elsewhere.
     """
     file = latency_file(bundle, target)
-    if not bundle.is_inside(file):
-        raise OutputError(f"{file} cannot be written: it is a link that leaves the bundle; remove the link")
+    bundle.refuse_outside(file)
     refuse_existing(file, force=True)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddsm_engine.backends.engine import EngineOptions
@@ -60,7 +59,7 @@ def strategy_within(
         name: strategy for name, strategy in searched_strategies(bundle).items()
         if {**strategy.sampling(), "sampler": strategy.sampler}.items() >= asked.items()
     }  # fmt: skip
-    brought = {Path(info.path).stem for info in bundle.manifest.files if info.path.startswith("strategies/")}
+    brought = bundle.exported_strategies
     known = {name: strategy for name, strategy in known.items() if name not in brought} or known
     if not known:
         wanted = " for " + ", ".join(f"{option} {value}" for option, value in asked.items()) if asked else ""

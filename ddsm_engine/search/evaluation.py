@@ -57,8 +57,7 @@ def evaluate_in_turns(
         report: Told when all have drawn as many images.
     """
     turns: list[dict[str, Drawn]] = []
-    for first in range(0, images, trials.batch_size):
-        count = min(trials.batch_size, images - first)
+    for first, count in trials.batches(images):
         turns.append({name: trials.draw_batch(calls, seed, first, count) for name, calls in strategies.items()})
         report(f"{first + count} of {images} images of each of {len(strategies)} strategies")
     rows = {name: np.concatenate([turn[name].rows for turn in turns]) for name in strategies}

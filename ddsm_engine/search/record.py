@@ -175,8 +175,7 @@ def check_writable(bundle: Bundle) -> None:
         OutputError: it is read-only, or its ``strategies`` lead elsewhere.
     """
     folder = bundle.path / "strategies"
-    if not bundle.is_inside(folder):
-        raise OutputError(f"{folder} cannot be written: it is a link that leaves the bundle; remove the link")
+    bundle.refuse_outside(folder)
     refuse_existing(folder / "new.yaml", force=True)
 
 
@@ -188,7 +187,7 @@ def put_into_bundle(bundle: Bundle, found: Mapping[str, Strategy]) -> None:
     """
     check_writable(bundle)
     folder = bundle.path / "strategies"
-    exported = {Path(info.path).stem for info in bundle.manifest.files if info.path.startswith("strategies/")}
+    exported = bundle.exported_strategies
     for name in found:
         if name in exported:
             raise OutputError(f"{bundle.path} was exported with a strategy of the name {name}; it is kept")

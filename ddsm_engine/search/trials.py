@@ -106,7 +106,7 @@ class Trials:
         Raises:
             MetricError: a distance that is no number.
         """
-        key = self._key(calls, seed, images)
+        key = self._key(self.plan(calls), seed, images)
         if key in self._asked:
             return self._asked[key]
         self._origins[calls] = origin
@@ -133,19 +133,23 @@ class Trials:
 
     def draw(self, calls: Calls, *, seed: int, images: int) -> Rows:
         """Describe the first ``images`` images of a seed, batch by batch; kept ones are not drawn again."""
-        size = self.batch_size
-        batches = [self.draw_batch(calls, seed, first, min(size, images - first)) for first in range(0, images, size)]
+        batches = [self.draw_batch(calls, seed, first, count) for first, count in self.batches(images)]
         return np.concatenate([batch.rows for batch in batches])
+
+    def batches(self, images: int) -> list[tuple[int, int]]:
+        """(first image, number of images) of each batch of so many images."""
+        size = self.batch_size
+        return [(first, min(size, images - first)) for first in range(0, images, size)]
 
     def draw_batch(self, calls: Calls, seed: int, first: int, count: int) -> Drawn:
         """Describe ``count`` images of a seed from the ``first`` one on: a batch, or what is left of the last one."""
-        file = None
+        plan, file = self.plan(calls), None
         if self._folder is not None:
-            file = self._folder / ROWS / f"{self._key(calls, seed, count, first=first)[:32]}.safetensors"
+            file = self._folder / ROWS / f"{self._key(plan, seed, count, first=first)[:32]}.safetensors"
             if (kept := _read_rows(file)) is not None:
                 return Drawn(kept, None)
         (batch,) = self.pipeline.batches(
-            self.plan(calls),
+            plan,
             num_images=first + count,
             batch_size=self.batch_size,
             seed=seed,
@@ -165,9 +169,9 @@ class Trials:
     def _ms_per_image(self, batch: Batch) -> float:
         return batch.latency_ms / self.batch_size  # a padded batch takes as long as a whole one
 
-    def _key(self, calls: Calls, seed: int, images: int, *, first: int = 0) -> str:
+    def _key(self, plan: Plan, seed: int, images: int, *, first: int = 0) -> str:
         """A checksum of everything that an answer depends on."""
-        backend = self.pipeline.settle_backend(plan := self.plan(calls), self.batch_size)
+        backend = self.pipeline.settle_backend(plan, self.batch_size)
         return checksum_of({
             "bundle": self.pipeline.bundle.manifest.checksum,
             "plan": plan.checksum,

@@ -303,7 +303,7 @@ def test_net_r_is_what_arrived_over_the_best_that_a_peer_makes_of_the_full_width
     record, measured = made_up(), _peers_report.rows(made_up(), BATCH_1)
     # 700 calls of 0.843 and 300 of 12.444 GFLOPs where a peer makes 1000 of 12.444; 30 s became 10.
     theoretical = 12.444 / (0.7 * 0.843 + 0.3 * 12.444)
-    found = _peers_report.net_r(record, measured, "OpenVINO per width")
+    found = _peers_report.net_r(measured, "OpenVINO per width", _peers_report.theoretical(record))
     assert found == pytest.approx(30 / 10 / theoretical, rel=1e-3)
 
 

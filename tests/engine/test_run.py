@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from ddsm_engine.samplers.config import NAMES, named_config
 from ddsm_engine.strategy import Strategy
 from ddsm_export.bundling import ExportOptions, export_bundle
 from ddsm_export.supernet import Supernet
-from tests.conftest import TINY, Refusal
-from tests.oracle.dynamic_unet import Config, published_state_dict
+from tests.conftest import CONFIG, TINY, Refusal
+from tests.oracle.dynamic_unet import published_state_dict
 from tests.oracle.names import product_spec, product_weights
 
 FAST = ["--strategy", "coarse", "--sampler", "ddim", "--steps", "3", "--backend", "onnxruntime", "--threads", "1"]
@@ -131,17 +132,7 @@ def test_a_trace_may_lie_beside_the_images_of_a_folder(here: Path) -> None:
 def test_images_that_no_png_shows_are_written_as_an_array_only(
     here: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    four = Config(
-        ch=16,
-        ch_mult=(1,),
-        attn=(),
-        num_res_blocks=1,
-        groups=4,
-        conv_multiple=4,
-        linear_multiple=4,
-        T=60,
-        in_channels=4,
-    )
+    four = replace(CONFIG, ch=16, ch_mult=(1,), attn=(), T=60, in_channels=4)
     weights = product_weights(published_state_dict(four, seed=3))
     supernet = Supernet(product_spec(four, image_size=8), NoiseSchedule(1e-3, 0.02, 60), weights)
     export_bundle(supernet, here / "four.bundle", ExportOptions(widths=[4]))
