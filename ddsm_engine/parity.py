@@ -59,8 +59,13 @@ PEAK_TO_PEAK: Final = 2.0
 """Of images in [-1, 1]."""
 
 
-def effective_precision(artefact: str, computed: str) -> str:
-    """The coarser of what an artefact holds and what an engine computes in; ``auto`` is what the artefact holds."""
+def effective_precision(artefact: str, computed: str, backend: str = "") -> str:
+    """The coarser of what an artefact holds and what an engine computes in; ``auto`` is what the artefact holds.
+
+    The native backend reads no artefact, but the weights.
+    """
+    if backend == "native":
+        return "fp32"
     coarseness = list(TOLERANCES)
     return max(artefact, artefact if computed == "auto" else computed, key=coarseness.index)
 
@@ -173,7 +178,7 @@ def compare_variants(
                 f"a supernet whose weights are sound"
             )
         for (backend, options), answers in zip(candidates, found, strict=True):
-            precision = effective_precision(variant.precision, options.precision)
+            precision = effective_precision(variant.precision, options.precision, backend)
             parity = compare(answers, expected, precision=precision, backend=backend)
             yield VariantParity(variant.id, precision, parity)
 
@@ -234,7 +239,7 @@ class Trajectory:
             relative_l2, max_abs = distance(found, expected)
             yield TrajectoryParity(
                 backend=backend,
-                precision=effective_precision(artefact, options.precision),
+                precision=effective_precision(artefact, options.precision, backend),
                 psnr_worst_db=min(psnr),
                 psnr_mean_db=sum(psnr) / len(psnr),
                 max_abs=max_abs,

@@ -13,8 +13,9 @@ from ddsm_engine.engine_cache import EngineCache, Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores
 from ddsm_engine.untrusted import brief
+from ddsm_kernels.unet_cpu import compiler
 
-BACKENDS = ("openvino", "onnxruntime", "torch")
+BACKENDS = ("openvino", "onnxruntime", "native", "torch")
 """Those that run on a CPU, in the order ``auto`` prefers them."""
 
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "torch-compile")
@@ -37,6 +38,7 @@ DEVICES = ("auto", "cpu", "cuda")
 INSTALL = {
     "openvino": "pip install 'ddsm-engine[cpu]'",
     "onnxruntime": "pip install 'ddsm-engine[cpu]'",
+    "native": "sudo apt-get install g++",
     "torch": "pip install 'ddsm-engine[export]'",
     "tensorrt": "pip install 'ddsm-engine[gpu]' --extra-index-url https://pypi.nvidia.com",
     "tensorrt-rtx": "pip install tensorrt-rtx-cu13",
@@ -66,7 +68,9 @@ def device_of(backend: str, device: object = "auto") -> str:
 
 
 def is_installed(backend: str) -> bool:
-    """Whether the library of a backend is installed; whether it works is another question."""
+    """Whether the library of a backend, or its compiler, is installed; whether it works is another question."""
+    if backend == "native":
+        return compiler() is not None
     return importlib.util.find_spec(MODULES.get(backend, backend)) is not None
 
 
@@ -145,6 +149,8 @@ def engine_target(name: str, options: EngineOptions, batch: int) -> Target:
             from ddsm_engine.backends.openvino import target
         case "onnxruntime":
             from ddsm_engine.backends.onnxruntime import target
+        case "native":
+            from ddsm_engine.backends.native import target
         case _:
             from ddsm_engine.backends.torch import target
     return target(options, batch)
@@ -200,6 +206,10 @@ def open_engine(
             if variant.precision == "bf16":
                 raise BackendError(f"ONNX Runtime has no bf16 on a CPU, which {variant.id} is in; --backend openvino")
             return OnnxRuntimeEngine(bundle.artefact(variant), options)
+        case "native":
+            from ddsm_engine.backends.native import NativeEngine
+
+            return NativeEngine(bundle, variant, batch, options)
         case "torch":
             from ddsm_engine.backends.torch import TorchEngine, cut_network
 

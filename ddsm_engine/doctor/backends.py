@@ -128,6 +128,8 @@ def _repair_triton(error: str) -> str:
 def _reinstall(backend: Backend, required: Mapping[str, str]) -> str:
     if backend.name == "torch-compile" and any(words in backend.error for words in ("riton", "CalledProcessError")):
         return _repair_triton(backend.error)
+    if backend.name == "native":
+        return "sudo apt-get install --reinstall g++"
     package = PACKAGES.get(backend.name, backend.name)
     if backend.name == "onnxruntime" and "onnxruntime-gpu" in required:
         package = "onnxruntime-gpu"

@@ -18,6 +18,7 @@ from ddsm_engine.backends.device import Device, DeviceEngine, StagedEngine
 from ddsm_engine.backends.engine import Engine, EngineOptions
 from ddsm_engine.bundle import Parity, TensorInfo, Variant
 from ddsm_engine.errors import BackendError
+from ddsm_engine.measure.environment import cores, cpu
 
 MODEL = Path(__file__).with_name("relu.onnx")
 """Opset 18, y = Relu(x), both float32 [batch, 4]; a file of the package, for there may be no folder to write one to."""
@@ -99,6 +100,28 @@ def onnxruntime() -> dict[str, Any]:
         except BackendError as error:
             found["cuda_error"] = str(error)
     return found
+
+
+def native() -> dict[str, Any]:
+    """What our own kernels can do here, once they are compiled."""
+    from ddsm_engine.backends.native import library
+    from ddsm_kernels.unet_cpu import Program
+
+    program = Program(kernels := library(), 1, cores())
+    out = program.image(1, 2)
+    program.convolve(program.gather(1, 2), out, np.eye(9, dtype=np.float32)[4:5], np.zeros(1, np.float32))
+    program.scatter(out)
+    network, y = program.finish(), np.full_like(X, np.nan)
+    network.bind(sample=X, output=y)
+    network.run()
+    if not np.array_equal(y, X):
+        raise BackendError(f"the pixels {X.tolist()} came out as {y.tolist()}")
+    return {
+        "device": cpu()[0],
+        "offers": [f"vectors of {kernels.lanes} numbers"],
+        "auto_precision": "fp32",
+        "threads": cores(),
+    }
 
 
 def torch() -> dict[str, Any]:
@@ -240,8 +263,8 @@ def said(error: Exception) -> str:
 
 
 PROBES: Mapping[str, Callable[[], dict[str, Any]]] = {
-    "openvino": openvino, "onnxruntime": onnxruntime, "torch": torch, "tensorrt": tensorrt,
-    "tensorrt-rtx": tensorrt_rtx, "torch-compile": torch_compile, "cuda": cuda,
+    "openvino": openvino, "onnxruntime": onnxruntime, "native": native, "torch": torch,
+    "tensorrt": tensorrt, "tensorrt-rtx": tensorrt_rtx, "torch-compile": torch_compile, "cuda": cuda,
 }  # fmt: skip
 
 

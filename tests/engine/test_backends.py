@@ -108,6 +108,7 @@ def test_an_engine_reads_and_writes_the_bound_arrays_in_place(backend: str, bund
         ("torch-compile", EngineOptions(), "runs on a GPU, found --device cpu"),
         ("tensorrt-rtx", EngineOptions(), "runs on a GPU, found --device cpu"),
         ("openvino", EngineOptions(precision="fp16"), "fp32 or bf16 on a CPU"),
+        ("native", EngineOptions(precision="bf16"), "computes in fp32"),
         ("onnxruntime", EngineOptions(precision="fp16"), "no fp16 arithmetic"),
         ("onnxruntime", EngineOptions(precision="bf16"), "no bf16 arithmetic"),
         ("torch", EngineOptions(precision="bf16"), "fp32 reference"),
@@ -123,7 +124,7 @@ def test_a_device_or_precision_that_is_not_there_is_refused(
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(BackendError, match="expected auto, openvino, onnxruntime, torch"):
+    with pytest.raises(BackendError, match="expected auto, openvino, onnxruntime, native, torch"):
         choose_backend("tflite", "cpu")
 
 

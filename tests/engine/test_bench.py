@@ -95,6 +95,8 @@ def test_every_backend_but_the_reference_is_timed_and_the_peak_is_measured_once(
         ("openvino", 16, "fp32", 2),
         ("onnxruntime", 1, "fp32", 2),
         ("onnxruntime", 16, "fp32", 2),
+        ("native", 1, "fp32", 2),
+        ("native", 16, "fp32", 2),
     ]
 
 
@@ -105,6 +107,7 @@ def test_each_precision_has_its_own_peak_and_its_own_file(
     assert bench.main([str(path), "--batch-size", "3", "--save"]) == 0
     assert [entry[2] for entry in measured if entry[0] == "peak"] == ["bf16", "fp32"]
     assert sorted(file.name[:-18] for file in (path / "latency").iterdir()) == [
+        "native-fp32-b3",
         "onnxruntime-fp32-b3",
         "openvino-bf16-b3",
     ]

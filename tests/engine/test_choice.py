@@ -35,6 +35,7 @@ def measured(bundle: Bundle, backend: str, narrow_ms: float, wide_ms: float) -> 
 def test_the_calls_decide_between_measured_backends(bundle: Bundle) -> None:
     measured(bundle, "openvino", 1.0, 9.0)
     measured(bundle, "onnxruntime", 2.0, 5.0)
+    measured(bundle, "native", 3.0, 6.0)
     for calls, expected in (([NARROW] * 5 + [WIDE], "openvino"), ([NARROW] * 3 + [WIDE], "onnxruntime")):
         assert fastest_backend(bundle, calls, OPTIONS, BATCH) == expected
 
@@ -42,8 +43,10 @@ def test_the_calls_decide_between_measured_backends(bundle: Bundle) -> None:
 def test_nothing_is_chosen_from_half_a_comparison(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH) is None
     measured(bundle, "onnxruntime", 1.0, 1.0)
-    assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH) is None, "the other one may be faster"
+    assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH) is None, "others may be faster"
     table = measured(bundle, "openvino", 2.0, 2.0)
+    assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH) is None, "our own may be faster"
+    measured(bundle, "native", 3.0, 3.0)
     assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH) == "onnxruntime"
     assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH + 1) is None, "another batch was not measured"
     assert not caplog.records
@@ -64,10 +67,11 @@ def test_a_backend_without_the_precision_does_not_count(bundle: Bundle, monkeypa
     assert fastest_backend(bundle, [WIDE], OPTIONS, BATCH) == "openvino"
 
 
-@pytest.mark.parametrize(("openvino_ms", "expected"), [(1.0, "openvino"), (3.0, "onnxruntime")])
-def test_auto_runs_on_what_was_measured_to_be_faster(openvino_ms: float, expected: str, bundle: Bundle) -> None:
-    measured(bundle, "openvino", openvino_ms, openvino_ms)
-    measured(bundle, "onnxruntime", 2.0, 2.0)
+@pytest.mark.parametrize("expected", ["openvino", "onnxruntime", "native"])
+def test_auto_runs_on_what_was_measured_to_be_fastest(expected: str, bundle: Bundle) -> None:
+    for backend in ("openvino", "onnxruntime", "native"):
+        took_ms = 1.0 if backend == expected else 2.0
+        measured(bundle, backend, took_ms, took_ms)
     with Pipeline.from_bundle(bundle.path, precision="fp32", threads=1) as pipe:
         trace = pipe("uniform:2/8", "ddim", 2, num_images=BATCH).trace
         assert (trace.backend, trace.precision, trace.batch_size) == (expected, "fp32", BATCH)

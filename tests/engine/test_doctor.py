@@ -252,7 +252,7 @@ def test_a_library_that_is_broken_cannot_stop_the_doctor(tmp_path: Path, code: s
     assert expected in found.error
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "native", "torch"])
 def test_a_backend_that_works_says_what_it_can_do(name: str) -> None:
     found = probe(name)
     assert found.works, found.error

@@ -118,7 +118,7 @@ def test_every_backend_passes_and_every_tolerance_is_explained(pair: Path, capsy
     assert verify.main([str(pair), "--threads", "1", "--precision", "fp32"]) == 0
     text = capsys.readouterr().out
     rows = table(text)
-    backends = ("openvino", "onnxruntime")
+    backends = ("openvino", "onnxruntime", "native")
     assert [(row[0], row[1]) for row in rows] == [(v, backend) for v in ("w008", "w012") for backend in backends]
     for _, backend, precision, relative_l2, max_abs, tolerance, verdict in rows:
         assert (precision, tolerance, verdict) == ("fp32", "5e-06", "ok")
@@ -135,8 +135,11 @@ def test_half_precision_passes_its_own_tolerance_and_not_that_of_fp32(
     half: Path, tmp_path: Path, capsys: Capture, refusal: Refusal
 ) -> None:
     rows = verified(capsys, half, "--precision", "fp32")["variants"]
-    assert {row["parity"]["backend"] for row in rows} == {"openvino", "onnxruntime"}
+    assert {row["parity"]["backend"] for row in rows} == {"openvino", "onnxruntime", "native"}
     for row in rows:
+        if row["parity"]["backend"] == "native":  # reads the weights
+            assert (row["precision"], row["parity"]["tolerance"]) == ("fp32", TOLERANCES["fp32"].relative_l2)
+            continue
         assert (row["precision"], row["parity"]["tolerance"]) == ("fp16", 1e-2)
         assert TOLERANCES["fp32"].relative_l2 < row["parity"]["relative_l2"] <= FP16_FORWARD
     claims_fp32 = Path(shutil.copytree(half, tmp_path / "claims.bundle"))
@@ -255,8 +258,10 @@ def test_other_weights_are_found_in_every_variant(pair: Path, capsys: Capture) -
     save_file(tensors, pair / WEIGHTS)
     reseal(pair)
     rows = verified(capsys, pair, "--precision", "fp32", code=1)["variants"]
-    assert len(rows) >= 4
-    assert all(row["parity"]["relative_l2"] > row["parity"]["tolerance"] for row in rows)
+    assert len(rows) >= 6
+    for row in rows:
+        is_beyond = row["parity"]["relative_l2"] > row["parity"]["tolerance"]
+        assert is_beyond == (row["parity"]["backend"] != "native"), "native reads the weights, as the reference does"
 
 
 def test_an_artefact_that_answers_nan_is_beyond_every_tolerance(pair: Path, capsys: Capture) -> None:
@@ -347,7 +352,7 @@ def test_a_strategy_over_calls_of_its_own_sampler_is_accepted(pair: Path) -> Non
 def test_without_torch_the_backends_are_compared_with_each_other(pair: Path, capsys: Capture) -> None:
     assert verify.main([str(pair), "--precision", "fp32", "--threads", "1"]) == 0
     text = capsys.readouterr().out
-    assert [row[:2] for row in table(text)] == [["w008", "onnxruntime"], ["w012", "onnxruntime"]]
+    assert [row[:2] for row in table(text)] == [[v, b] for v in ("w008", "w012") for b in ("onnxruntime", "native")]
     assert "relative L2 is that to openvino fp32;" in text
     assert text.splitlines()[-1] == (
         "not compared with weights.safetensors, which needs torch: pip install 'ddsm-engine[export]'"
@@ -491,9 +496,10 @@ def test_by_default_the_full_width_runs_fifty_steps_on_every_backend(pair: Path,
     assert verify.main([str(pair), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = lines.index("whole run: w012×50; 50 calls, 0 swaps; 1 images, seed 0")
-    assert [line.split()[:2] for line in lines[first + 2 : first + 4]] == [
+    assert [line.split()[:2] for line in lines[first + 2 : first + 5]] == [
         ["openvino", "fp32"],
         ["onnxruntime", "fp32"],
+        ["native", "fp32"],
     ]
     assert lines[-1].startswith("not judged")
 
