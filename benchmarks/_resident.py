@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     p = argparse.ArgumentParser(prog="python -m benchmarks._resident", description=(__doc__ or "").partition("\n")[0])
     p.add_argument("bundle", type=Path)
-    p.add_argument("backend", choices=("openvino", "onnxruntime"))
+    p.add_argument("backend", choices=("openvino", "onnxruntime", "native"))
     p.add_argument("--variants", required=True, metavar="ID,…")
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")

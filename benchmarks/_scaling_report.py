@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMES: Final = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
-STYLES: Final = {"openvino": "-", "onnxruntime": "--"}
+NAMES: Final = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "native": "our kernels"}
+STYLES: Final = {"openvino": "-", "onnxruntime": "--", "native": "-."}
 COLOURS: Final = {2: "tab:green", 4: "tab:orange", 8: "tab:blue"}
 """By eighths of the full width."""
 

@@ -207,9 +207,9 @@ def open_engine(
                 raise BackendError(f"ONNX Runtime has no bf16 on a CPU, which {variant.id} is in; --backend openvino")
             return OnnxRuntimeEngine(bundle.artefact(variant), options)
         case "native":
-            from ddsm_engine.backends.native import NativeEngine
+            from ddsm_engine.backends.native import open_native
 
-            return NativeEngine(bundle, variant, batch, options)
+            return open_native(bundle, [variant], batch, options)[variant.id]
         case "torch":
             from ddsm_engine.backends.torch import TorchEngine, cut_network
 
@@ -282,11 +282,17 @@ def open_engines(
 ) -> dict[str, Engine]:
     """Open several variants, by id, as ``open_engine`` does: side by side, for compiling one keeps one core busy.
 
+    Those of the native backend share their weights.
+
     Raises:
         BackendError, BundleError: as ``open_engine``; those that did open are closed.
     """
     if options.device == "cuda":
         return _open_on_gpu(choose_backend(name, options.device), bundle, variants, batch, options, device)
+    if choose_backend(name, options.device) == "native":
+        from ddsm_engine.backends.native import open_native
+
+        return dict(open_native(bundle, variants, batch, options))
     with ThreadPoolExecutor(cores()) as pool:
         opening = {v.id: pool.submit(open_engine, name, bundle, v, batch, options) for v in variants}
     try:

@@ -4,6 +4,7 @@
 network of ``ddsm_engine.networks.unet``, whose names its weights have.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ddsm_engine.errors import BackendError
 from ddsm_engine.measure.environment import cores, cpu
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.untrusted import TensorFile, one_line, open_safetensors, shapes_of
-from ddsm_kernels.unet_cpu import CompilerError, Floats, Image, Library, Program, Runnable, source_version
+from ddsm_kernels.unet_cpu import CompilerError, Floats, Image, Layer, Library, Program, Runnable, source_version
 
 
 @lru_cache(maxsize=1)
@@ -57,11 +58,12 @@ def target(options: EngineOptions, batch: int) -> Target:
 
 
 class Weights:
-    """The supernet's weights as one width reads them: leading blocks."""
+    """The supernet's weights as widths read them: leading blocks, packed once for the widest that asks first."""
 
     def __init__(self, opened: TensorFile, path: Path) -> None:
         """Read from an open file; ``path`` is for refusals."""
         self._opened, self._path, self._shapes = opened, path, shapes_of(opened)
+        self._layers: dict[str, Layer] = {}
 
     def cut(self, name: str, *shape: int) -> Floats:
         """The leading block of a weight.
@@ -74,6 +76,16 @@ class Weights:
             raise BackendError(f"{self._path} does not hold the weights of this supernet; export the bundle again")
         whole = self._opened.get_tensor(name)[tuple(slice(part) for part in shape)]
         return np.ascontiguousarray(whole, np.float32)
+
+    def layer(self, name: str, *shape: int, flat: bool = False) -> Layer:
+        """The weights of a convolution or linear layer; ``flat`` is one row for every output.
+
+        A narrower width reads the leading part of what a wider one has packed.
+        """
+        if name not in self._layers:
+            weight = self.cut(f"{name}.weight", *shape)
+            self._layers[name] = Layer(library(), weight.reshape(shape[0], -1) if flat else weight)
+        return self._layers[name]
 
 
 class _UNet:
@@ -94,8 +106,8 @@ class _UNet:
         pixels = program.gather(spec.channels, spec.image_size)
         heads = self._channels_before_skips()
         h = self._skip(self._base, spec.image_size, heads.pop())
-        weight = self._weights.cut("head.weight", self._base, spec.channels, 3, 3)
-        program.convolve(pixels, h, weight.reshape(self._base, -1), self._weights.cut("head.bias", self._base))
+        layer = self._weights.layer("head", self._base, spec.channels, 3, 3, flat=True)
+        program.convolve(pixels, h, layer, self._weights.cut("head.bias", self._base))
         program.release(pixels)
         position = 0
         for level, channels in enumerate(self._levels):
@@ -202,32 +214,30 @@ class _UNet:
         padding: int = 1,
         doubled: bool = False,
     ) -> None:
-        weight = self._weights.cut(f"{name}.weight", out.channels, x.channels, 3, 3)
+        layer = self._weights.layer(name, out.channels, x.channels, 3, 3)
         bias = self._weights.cut(f"{name}.bias", out.channels)
         self._program.convolve(
-            x, out, weight, bias, residual=residual, shift=shift, stride=stride, padding=padding, doubled=doubled
+            x, out, layer, bias, residual=residual, shift=shift, stride=stride, padding=padding, doubled=doubled
         )
 
     def _linear(self, x: Image, out: Image, name: str, residual: Image | None = None) -> None:
         """A convolution of 1 x 1."""
-        weight = self._weights.cut(f"{name}.weight", out.channels, x.channels, 1, 1)
-        bias = self._weights.cut(f"{name}.bias", out.channels)
-        self._program.convolve(x, out, weight[:, :, 0, 0], bias, residual=residual)
+        layer = self._weights.layer(name, out.channels, x.channels, 1, 1, flat=True)
+        self._program.convolve(x, out, layer, self._weights.cut(f"{name}.bias", out.channels), residual=residual)
 
     def _project_time(self) -> dict[str, Image]:
         """The projections of the time embedding by block: one product for all of them."""
-        program, cut, dim = self._program, self._weights.cut, self._time_dim
+        program, weights, cut, dim = self._program, self._weights, self._weights.cut, self._time_dim
         first, second = program.image(dim, 1), program.image(dim, 1)
-        features = self._spec.time_features
-        weight, bias = cut("time.linear1.weight", dim, features), cut("time.linear1.bias", dim)
-        program.convolve(None, first, weight, bias, silu=True)
-        weight, bias = cut("time.linear2.weight", dim, dim), cut("time.linear2.bias", dim)
-        program.convolve(first, second, weight, bias, silu=True)
+        layer = weights.layer("time.linear1", dim, self._spec.time_features)
+        program.convolve(None, first, layer, cut("time.linear1.bias", dim), silu=True)
+        layer = weights.layer("time.linear2", dim, dim)
+        program.convolve(first, second, layer, cut("time.linear2.bias", dim), silu=True)
         blocks = self._blocks()
         projections = program.image(sum(blocks.values()), 1)
-        weight = np.concatenate([cut(f"{name}.time.weight", channels, dim) for name, channels in blocks.items()])
+        rows = [cut(f"{name}.time.weight", channels, dim) for name, channels in blocks.items()]
         bias = np.concatenate([cut(f"{name}.time.bias", channels) for name, channels in blocks.items()])
-        program.convolve(second, projections, weight, bias)
+        program.convolve(second, projections, Layer(library(), np.concatenate(rows)), bias)
         starts = np.cumsum([0, *blocks.values()]).tolist()
         return {name: projections.part(start, n) for (name, n), start in zip(blocks.items(), starts, strict=False)}
 
@@ -248,40 +258,48 @@ class _UNet:
         return down | middle | up
 
 
-def compile_network(bundle: Bundle, variant: Variant, batch: int, threads: int) -> Runnable:
-    """The operations of a variant, with its packed weights.
+def open_native(
+    bundle: Bundle, variants: Sequence[Variant], batch: int, options: EngineOptions
+) -> dict[str, "NativeEngine"]:
+    """Engines by id. Widths of one supernet read the same packed weights: all take little more than the widest.
 
     Raises:
         BundleError: the weights are damaged.
-        BackendError: they are not this supernet's, or there are no kernels.
+        BackendError: they are not this supernet's, there are no kernels, or the precision is not there.
     """
-    path, program = bundle.weights(variant), Program(library(), batch, threads)
-    try:
-        with open_safetensors(path, "np") as opened:
-            _UNet(program, Weights(opened, path), bundle.spec(variant), variant.width).write()
-    except (SafetensorError, TypeError) as error:  # numpy has no bfloat16
-        raise BackendError(f"{path} cannot be read as this supernet's weights: {error}") from error
-    return program.finish()
+    resolve_precision(options)
+    files: dict[Path, list[Variant]] = {}
+    for variant in sorted(variants, key=lambda variant: -variant.width):
+        files.setdefault(bundle.weights(variant), []).append(variant)
+    opened: dict[str, NativeEngine] = {}
+    for path, of_file in files.items():
+        try:
+            with open_safetensors(path, "np") as file:
+                weights = Weights(file, path)
+                for variant in of_file:
+                    program = Program(library(), batch, options.threads or cores())
+                    _UNet(program, weights, bundle.spec(variant), variant.width).write()
+                    opened[variant.id] = NativeEngine(variant, batch, program.finish())
+        except (SafetensorError, TypeError) as error:  # numpy has no bfloat16
+            raise BackendError(f"{path} cannot be read as this supernet's weights: {error}") from error
+    return opened
 
 
 class NativeEngine:
-    """One variant with packed weights, reading and writing bound host buffers."""
+    """One variant for one batch size, reading and writing bound host buffers."""
 
-    def __init__(self, bundle: Bundle, variant: Variant, batch: int, options: EngineOptions) -> None:
-        """Pack the weights for one batch size.
+    precision = "fp32"
 
-        Raises:
-            BundleError, BackendError: see ``compile_network``, or the precision is not there.
-        """
-        self.precision = resolve_precision(options)
+    def __init__(self, variant: Variant, batch: int, network: Runnable) -> None:
+        """Take over what ``open_native`` made."""
         self._shapes = {t.name: t.at_batch(batch) for t in (*variant.inputs, *variant.outputs)}
-        self._network = compile_network(bundle, variant, batch, options.threads or cores())
+        self._network = network
         self._bound: list[NDArray[Any]] = []
 
     @property
-    def nbytes(self) -> int:
-        """Memory of weights and activations, bytes."""
-        return self._network.nbytes
+    def network(self) -> Runnable:
+        """The finished program."""
+        return self._network
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> None:
         """Use these arrays from now on.

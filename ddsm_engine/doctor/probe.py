@@ -105,11 +105,12 @@ def onnxruntime() -> dict[str, Any]:
 def native() -> dict[str, Any]:
     """What our own kernels can do here, once they are compiled."""
     from ddsm_engine.backends.native import library
-    from ddsm_kernels.unet_cpu import Program
+    from ddsm_kernels.unet_cpu import Layer, Program
 
     program = Program(kernels := library(), 1, cores())
     out = program.image(1, 2)
-    program.convolve(program.gather(1, 2), out, np.eye(9, dtype=np.float32)[4:5], np.zeros(1, np.float32))
+    middle = Layer(kernels, np.eye(9, dtype=np.float32)[4:5])
+    program.convolve(program.gather(1, 2), out, middle, np.zeros(1, np.float32))
     program.scatter(out)
     network, y = program.finish(), np.full_like(X, np.nan)
     network.bind(sample=X, output=y)

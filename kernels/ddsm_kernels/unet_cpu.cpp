@@ -1,11 +1,11 @@
 // A U-Net's forward pass on a CPU: a flat program of operations, run by one team of threads.
 //
-// Activations are [images, height, width, channels] with a row stride (`ld`), so that an operation reads and writes parts
-// of a concatenation where they lie. Matrix products read their right-hand side from panels that were packed when the
-// network was opened. Convolutions of 3 x 3 with stride 1 are Winograd's F(4x4, 3x3) (Lavin & Gray 2016, section 4.2)
+// Activations are [images, height, width, channels] with a row stride (`ld`), so that an operation reads and writes
+// parts of a concatenation where they lie. Matrix products read their right-hand side from panels that were packed when
+// the network was opened. Convolutions of 3 x 3 with stride 1 are Winograd's F(4x4, 3x3) (Lavin & Gray 2016, 4.2)
 // where an image has tiles enough: a quarter of the multiplications.
 //
-// Every sum is taken in an order that depends neither on the number of threads nor on the batch.
+// The number of threads changes the order of no sum; the batch decides which convolutions are Winograd's.
 
 #include <omp.h>
 
@@ -80,6 +80,7 @@ struct Operation {
   int64_t batch, height, width;  // of the output
   int64_t in_channels, out_channels;
   int64_t in_ld, out_ld, residual_ld, shift_ld;
+  int64_t packed_columns, packed_channels;  // of the packed weights, of which this layer reads the leading ones
   int64_t taps;
   int64_t groups, heads;
   int64_t has_silu;
@@ -95,22 +96,27 @@ struct Team {
 
 #define BARRIER _Pragma("omp barrier")
 
-// ROWS x columns of a product, over `taps` parts of `n` values each: row(r, tap) points to the values of one row.
+// The panels of a right-hand side [taps, n, columns], of which a product may use fewer rows and columns.
+struct Panels {
+  const float* packed;
+  int64_t columns, n, taps;
+};
+
+// ROWS x columns of a product with `n` lines of a panel, which are `step` apart; row(r) points to a row's values.
 template <int R, int V, class Row, class Write>
-inline void block_of_rows(Row row, int64_t r0, int64_t taps, int64_t n, const float* panel, Write write) {
+inline void block_of_rows(Row row, int64_t r0, int64_t n, const float* line, int64_t step, Write write) {
   Vector sum[R][V];
-  for (int r = 0; r < R; r++)
+  const float* a[R];
+  for (int r = 0; r < R; r++) {
+    a[r] = row(r0 + r);
     for (int v = 0; v < V; v++) sum[r][v] = Vector{};
-  for (int64_t tap = 0; tap < taps; tap++) {
-    const float* a[R];
-    for (int r = 0; r < R; r++) a[r] = row(r0 + r, tap);
-    for (int64_t i = 0; i < n; i++, panel += V * LANES) {
-      Vector b[V];
-      for (int v = 0; v < V; v++) b[v] = load(panel + v * LANES);
-      for (int r = 0; r < R; r++) {
-        const float s = a[r][i];
-        for (int v = 0; v < V; v++) sum[r][v] += s * b[v];
-      }
+  }
+  for (int64_t i = 0; i < n; i++, line += step) {
+    Vector b[V];
+    for (int v = 0; v < V; v++) b[v] = load(line + v * LANES);
+    for (int r = 0; r < R; r++) {
+      const float s = a[r][i];
+      for (int v = 0; v < V; v++) sum[r][v] += s * b[v];
     }
   }
   for (int r = 0; r < R; r++)
@@ -118,32 +124,33 @@ inline void block_of_rows(Row row, int64_t r0, int64_t taps, int64_t n, const fl
 }
 
 template <int R, int V, class Row, class Write>
-inline void last_rows(Row row, int64_t r0, int64_t left, int64_t taps, int64_t n, const float* panel, Write write) {
-  if (left == R) return block_of_rows<R, V>(row, r0, taps, n, panel, write);
-  if constexpr (R > 1) last_rows<R - 1, V>(row, r0, left, taps, n, panel, write);
+inline void last_rows(Row row, int64_t r0, int64_t left, int64_t n, const float* line, int64_t step, Write write) {
+  if (left == R) return block_of_rows<R, V>(row, r0, n, line, step, write);
+  if constexpr (R > 1) last_rows<R - 1, V>(row, r0, left, n, line, step, write);
 }
 
 template <int V, class Row, class Write>
-inline void all_rows(Row row, int64_t r0, int64_t r1, int64_t taps, int64_t n, const float* panel, Write write) {
+inline void all_rows(Row row, int64_t r0, int64_t r1, int64_t n, const float* line, int64_t step, Write write) {
   constexpr int R = V == 1 ? 2 * ROWS : ROWS;  // enough sums that none waits for its last product
-  for (; r0 + R <= r1; r0 += R) block_of_rows<R, V>(row, r0, taps, n, panel, write);
-  if (r0 < r1) last_rows<R - 1, V>(row, r0, r1 - r0, taps, n, panel, write);
+  for (; r0 + R <= r1; r0 += R) block_of_rows<R, V>(row, r0, n, line, step, write);
+  if (r0 < r1) last_rows<R - 1, V>(row, r0, r1 - r0, n, line, step, write);
 }
 
 template <int V, class Row, class Write>
-inline void with_vectors(int vectors, Row row, int64_t r0, int64_t r1, int64_t taps, int64_t n, const float* panel,
+inline void with_vectors(int64_t vectors, Row row, int64_t r0, int64_t r1, int64_t n, const float* line, int64_t step,
                          Write write) {
-  if (vectors == V) return all_rows<V>(row, r0, r1, taps, n, panel, write);
-  if constexpr (V > 1) with_vectors<V - 1>(vectors, row, r0, r1, taps, n, panel, write);
+  if (vectors == V) return all_rows<V>(row, r0, r1, n, line, step, write);
+  if constexpr (V > 1) with_vectors<V - 1>(vectors, row, r0, r1, n, line, step, write);
 }
 
-// Columns [PANEL * p, ...) of rows r0 to r1 of a product; write(row, column, values) gets vectors, the last one padded.
+// Columns [PANEL * p, ...) of rows r0 to r1 of a product with one tap; write(row, column in the panel, values) gets
+// vectors, the last of which is padded.
 template <class Row, class Write>
-inline void multiply(Row row, int64_t r0, int64_t r1, int64_t taps, int64_t n, const float* packed, int64_t columns,
-                     int64_t p, Write write) {
-  const int64_t c0 = p * PANEL, vectors = round_up(std::min(PANEL, columns - c0), LANES) / LANES;
-  with_vectors<VECTORS>(static_cast<int>(vectors), row, r0, r1, taps, n, packed + c0 * taps * n,
-                        [&](int64_t r, int64_t c, Vector v) { write(r, c0 + c, v); });
+inline void multiply(Row row, int64_t r0, int64_t r1, int64_t n, Panels right, int64_t tap, int64_t columns, int64_t p,
+                     Write write) {
+  const int64_t c0 = p * PANEL, step = std::min(PANEL, round_up(right.columns - c0, LANES));
+  const float* line = right.packed + (c0 * right.taps + tap * step) * right.n;
+  with_vectors<VECTORS>(round_up(std::min(PANEL, columns - c0), LANES) / LANES, row, r0, r1, n, line, step, write);
 }
 inline int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -157,19 +164,38 @@ inline void end(const Operation& op, int64_t image, int64_t row, int64_t c, Vect
   store(op.out + row * op.out_ld + c, v, n);
 }
 
-// Any convolution, and every linear layer: rows are read where they lie, tap by tap.
+// Any convolution, and every linear layer: rows are read where they lie, tap by tap. A tap's panel stays in the nearest
+// cache while it meets a block of rows, whose sums wait there, too.
 void convolve(const Operation& op, Team team) {
-  const int64_t pixels = op.height * op.width, rows = op.batch * pixels;
-  auto row = [&](int64_t r, int64_t tap) {
-    if (!op.pixels) return op.in + r * op.in_ld;
-    const int64_t pixel = op.pixels[r * op.taps + tap];
-    return pixel < 0 ? op.zeros : op.in + pixel * op.in_ld;
-  };
-  auto write = [&](int64_t r, int64_t c, Vector v) { end(op, op.shift ? r / pixels : 0, r, c, v); };
-  const int64_t panels = panels_of(op.out_channels), size = ROWS * 8, blocks = (rows + size - 1) / size;
+  constexpr int64_t most = ROWS * 8;
+  const int64_t pixels = op.height * op.width, rows = op.batch * pixels, panels = panels_of(op.out_channels);
+  const int64_t blocks = (rows + most - 1) / most, size = round_up((rows + blocks - 1) / blocks, ROWS);
+  const Panels weights{op.weight, op.packed_columns, op.packed_channels, op.taps};
+  const bool by_panel = blocks < 4 * team.threads;  // few rows are split unevenly, and fit into a cache
   for (int64_t i = team.first(blocks * panels); i < team.last(blocks * panels); i++) {
-    const int64_t r0 = i / panels * size;
-    multiply(row, r0, std::min(rows, r0 + size), op.taps, op.in_channels, op.weight, op.out_channels, i % panels, write);
+    const int64_t block = by_panel ? i % blocks : i / panels, p = by_panel ? i / blocks : i % panels, c0 = p * PANEL;
+    const int64_t r0 = block * size, r1 = std::min(rows, r0 + size);
+    auto finish = [&](int64_t r, int64_t c, Vector v) { end(op, op.shift ? r / pixels : 0, r, c0 + c, v); };
+    if (!op.pixels) {
+      auto row = [&](int64_t r) { return op.in + r * op.in_ld; };
+      multiply(row, r0, r1, op.in_channels, weights, 0, op.out_channels, p, finish);
+      continue;
+    }
+    float sums[most * PANEL] = {};
+    for (int64_t tap = 0; tap < op.taps; tap++) {
+      auto row = [&](int64_t r) {
+        const int64_t pixel = op.pixels[r * op.taps + tap];
+        return pixel < 0 ? op.zeros : op.in + pixel * op.in_ld;
+      };
+      auto add = [&](int64_t r, int64_t c, Vector v) {
+        float* sum = sums + (r - r0) * PANEL + c;
+        store(sum, load(sum) + v);
+      };
+      multiply(row, r0, r1, op.in_channels, weights, tap, op.out_channels, p, add);
+    }
+    for (int64_t r = r0; r < r1; r++)
+      for (int64_t c = 0; c < std::min(PANEL, op.out_channels - c0); c += LANES)
+        finish(r, c, load(sums + (r - r0) * PANEL + c));
   }
 }
 
@@ -196,6 +222,7 @@ void winograd(const Operation& op, Team team) {
   const int64_t tiles_x = (op.width + 3) / 4, of_image = (op.height + 3) / 4 * tiles_x, tiles = op.batch * of_image;
   // The 36 points of a tile lie in different sets of a cache: one line more than a multiple of a page apart.
   const int64_t point = round_up(op.block * C, 1024) + 16, out_point = round_up(op.block * columns, 1024) + 16;
+  const int64_t of_point = op.packed_channels * round_up(op.packed_columns, LANES);
   float* const transformed = op.scratch;                 // 36 x [block, C]
   float* const products = op.scratch + 36 * point;  // 36 x [block, columns]
   for (int64_t t0 = 0; t0 < tiles; t0 += op.block) {
@@ -222,9 +249,11 @@ void winograd(const Operation& op, Team team) {
     BARRIER
     for (int64_t i = team.first(36 * panels); i < team.last(36 * panels); i++) {
       const float* a = transformed + i / panels * point;
-      float* out = products + i / panels * out_point;
-      multiply([&](int64_t r, int64_t) { return a + r * C; }, 0, count, 1, C, op.weight + i / panels * C * columns, K,
-               i % panels, [&](int64_t r, int64_t c, Vector v) { store(out + r * columns + c, v); });
+      float* out = products + i / panels * out_point + i % panels * PANEL;
+      const Panels weights{op.weight + i / panels * of_point, op.packed_columns, op.packed_channels, 1};
+      auto row = [&](int64_t r) { return a + r * C; };
+      auto write = [&](int64_t r, int64_t c, Vector v) { store(out + r * columns + c, v); };
+      multiply(row, 0, count, C, weights, 0, K, i % panels, write);
     }
     BARRIER
     for (int64_t t = team.first(count); t < team.last(count); t++) {
@@ -247,8 +276,8 @@ void winograd(const Operation& op, Team team) {
   }
 }
 
-// A group norm, and the activation behind it. Each part of an image gives its channels' means, what rounding left of them,
-// and sums of squared differences; they are merged in double by Chan, Golub & LeVeque's formula.
+// A group norm, and the activation behind it. Each part of an image gives its channels' means, what rounding left of
+// them, and sums of squared differences; they are merged in double by Chan, Golub & LeVeque's formula.
 void normalise(const Operation& op, Team team) {
   const int64_t C = op.in_channels, D = C / op.groups, pixels = op.height * op.width;
   const int64_t parts = (pixels + op.block - 1) / op.block, items = op.batch * parts;
@@ -320,8 +349,8 @@ void attend(const Operation& op, Team team) {
     const float* source = op.in + head / op.heads * P * op.in_ld + head % op.heads * D;
     float* k = packed_keys + head * D * keys + p0 * D;
     float* v = packed_values + head * P * values;
-    for (int64_t j = 0; j < wide; j++)
-      for (int64_t d = 0; d < D; d++) k[d * wide + j] = p0 + j < P ? source[(p0 + j) * op.in_ld + C + d] : 0.f;
+    for (int64_t d = 0; d < D; d++)
+      for (int64_t j = 0; j < wide; j++) k[d * wide + j] = p0 + j < P ? source[(p0 + j) * op.in_ld + C + d] : 0.f;
     for (int64_t p = p0; p < std::min(P, p0 + PANEL); p++)
       for (int64_t d = 0; d < values; d += PANEL) {
         const int64_t of_panel = std::min(PANEL, values - d);
@@ -335,9 +364,12 @@ void attend(const Operation& op, Team team) {
   for (int64_t i = team.first(heads * blocks); i < team.last(heads * blocks); i++) {
     const int64_t head = i / blocks, r0 = i % blocks * size, r1 = std::min(P, r0 + size);
     const float* queries = op.in + head / op.heads * P * op.in_ld + head % op.heads * D;
-    for (int64_t p = 0; p < key_panels; p++)
-      multiply([&](int64_t r, int64_t) { return queries + r * op.in_ld; }, r0, r1, 1, D, packed_keys + head * D * keys, P, p,
-               [&](int64_t r, int64_t c, Vector v) { store(scores + (r - r0) * keys + c, v * scale); });
+    const Panels keys_of{packed_keys + head * D * keys, P, D, 1}, values_of{packed_values + head * P * values, D, P, 1};
+    for (int64_t p = 0; p < key_panels; p++) {
+      auto row = [&](int64_t r) { return queries + r * op.in_ld; };
+      auto write = [&](int64_t r, int64_t c, Vector v) { store(scores + (r - r0) * keys + p * PANEL + c, v * scale); };
+      multiply(row, r0, r1, D, keys_of, 0, P, p, write);
+    }
     float inverse[ROWS * 4];
     for (int64_t r = r0; r < r1; r++) {
       float* row = scores + (r - r0) * keys;
@@ -359,9 +391,13 @@ void attend(const Operation& op, Team team) {
       inverse[r - r0] = 1.f / sum;
     }
     float* out = op.out + head / op.heads * P * op.out_ld + head % op.heads * D;
-    for (int64_t p = 0; p < panels_of(D); p++)
-      multiply([&](int64_t r, int64_t) { return scores + (r - r0) * keys; }, r0, r1, 1, P, packed_values + head * P * values,
-               D, p, [&](int64_t r, int64_t c, Vector v) { store(out + r * op.out_ld + c, v * inverse[r - r0], D - c); });
+    for (int64_t p = 0; p < panels_of(D); p++) {
+      auto row = [&](int64_t r) { return scores + (r - r0) * keys; };
+      auto write = [&](int64_t r, int64_t c, Vector v) {
+        store(out + r * op.out_ld + p * PANEL + c, v * inverse[r - r0], D - p * PANEL - c);
+      };
+      multiply(row, r0, r1, P, values_of, 0, D, p, write);
+    }
   }
 }
 
@@ -396,6 +432,7 @@ int64_t ddsm_rows() { return ROWS; }
 
 // weights [columns, n, taps] -> panels of [taps, n, PANEL], zero beyond the last column
 void ddsm_pack(const float* weights, int64_t columns, int64_t n, int64_t taps, float* packed) {
+#pragma omp parallel for
   for (int64_t c0 = 0; c0 < columns; c0 += PANEL) {
     const int64_t wide = std::min(PANEL, round_up(columns, LANES) - c0);
     float* panel = packed + c0 * n * taps;

@@ -7,14 +7,17 @@ written where they are read. The plain reference is the network in torch.
 
 import ctypes
 import hashlib
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ NORM_PIXELS = 128
 
 _POINTERS = ("in", "out", "weight", "bias", "residual", "shift", "zeros", "pixels", "scratch")
 _COUNTS = ("batch", "height", "width", "in_channels", "out_channels", "in_ld", "out_ld", "residual_ld", "shift_ld",
-           "taps", "groups", "heads", "has_silu", "block")  # fmt: skip
+           "packed_columns", "packed_channels", "taps", "groups", "heads", "has_silu", "block")  # fmt: skip
 OPERATION = np.dtype(
     [
         ("kind", "i8"),
@@ -130,16 +133,14 @@ class Library:
 
     def pack(self, weight: Floats) -> Floats:
         """Weights [columns, n, taps…] as the panels that a product reads."""
-        weight = np.ascontiguousarray(weight, np.float32)
-        columns, n = weight.shape[:2]
-        taps = int(np.prod(weight.shape[2:]))
+        columns, n, *kernel = weight.shape
+        taps = math.prod(kernel)
         packed = np.empty(taps * n * self.padded(columns), np.float32)
         self._c.ddsm_pack(weight.ctypes.data, columns, n, taps, packed.ctypes.data)
         return packed
 
     def pack_winograd(self, weight: Floats) -> Floats:
         """Weights [columns, n, 3, 3] as the panels of the 36 products of Winograd's convolution."""
-        weight = np.ascontiguousarray(weight, np.float32)
         columns, n = weight.shape[:2]
         packed = np.empty(TILE**2 * n * self.padded(columns), np.float32)
         self._c.ddsm_pack_winograd(weight.ctypes.data, columns, n, packed.ctypes.data)
@@ -184,6 +185,24 @@ class Image:
     def part(self, first: int, channels: int) -> "Image":
         """Some of the channels, where they lie."""
         return replace(self, start=self.start + first, channels=channels)
+
+
+class Layer:
+    """The weights of a layer, packed when they are first needed, for it and for all that read their leading part."""
+
+    def __init__(self, library: Library, weight: Floats) -> None:
+        """Take [columns, n], or [columns, n, 3, 3]."""
+        self.weight, self._library = np.ascontiguousarray(weight, np.float32), library
+
+    @cached_property
+    def panels(self) -> Floats:
+        """For products."""
+        return self._library.pack(self.weight)
+
+    @cached_property
+    def winograd(self) -> Floats:
+        """For Winograd's convolution."""
+        return self._library.pack_winograd(self.weight)
 
 
 class Memory:
@@ -264,7 +283,7 @@ class Program:
         self,
         x: Image | None,
         out: Image,
-        weight: Floats,
+        layer: Layer,
         bias: Floats,
         *,
         residual: Image | None = None,
@@ -277,9 +296,9 @@ class Program:
         """A convolution, or, with weights [out, in], a linear layer of every pixel.
 
         Args:
-            x: Input; None are the caller's features, for a linear layer.
+            x: Input; None are the caller's features, for a linear layer that reads them all.
             out: Output.
-            weight: [out, in] or [out, in, 3, 3].
+            layer: Weights, of which the leading part is read that fits input and output.
             bias: [out].
             residual: Added to the output; may be the output itself.
             shift: One pixel an image, added to every pixel of the output.
@@ -288,9 +307,15 @@ class Program:
             doubled: Every pixel of the input is read as 2 x 2 pixels.
             silu: The activation comes last.
         """
-        columns, n, *kernel = weight.shape
+        most_columns, most, *kernel = layer.weight.shape
+        columns, n = out.channels, most if x is None else x.channels
+        assert columns <= most_columns, "a layer has no more outputs than weights"
+        assert n <= most, "a layer has no more inputs than weights"
         packed = self.library.padded(columns)
-        fields: dict[str, Any] = {"in_channels": n, "out_channels": columns, "taps": 1, "bias": bias, "has_silu": silu}
+        fields: dict[str, Any] = {
+            "in_channels": n, "out_channels": columns, "packed_channels": most, "packed_columns": most_columns,
+            "taps": 1, "bias": bias, "has_silu": silu,
+        }  # fmt: skip
         if residual is not None:
             fields |= {"residual": residual, "residual_ld": residual.stride}
         if shift is not None:
@@ -300,7 +325,7 @@ class Program:
         if x is None:
             self.ends["features"] = len(self.operations)
         if not kernel:
-            self._add(CONVOLVE, x, out, weight=self.library.pack(weight), **fields)
+            self._add(CONVOLVE, x, out, weight=layer.panels, **fields)
             return
         assert x is not None, "features have no neighbours"
         if stride == 1 and tiles >= LEAST_TILES and min(n, columns) >= LEAST_CHANNELS:
@@ -308,11 +333,10 @@ class Program:
             block = min(tiles, max(block, 2 * self.library.rows))
             self._need(TILE**2 * (_up(block * n, PAGE) + _up(block * packed, PAGE) + 2 * LINE))
             pixels = self._pixels(x.size, -(-out.size // 4), 4, TILE, padding, int(doubled))
-            weights = self.library.pack_winograd(weight)
-            self._add(WINOGRAD, x, out, weight=weights, pixels=pixels, block=block, **fields)
+            self._add(WINOGRAD, x, out, weight=layer.winograd, pixels=pixels, block=block, **fields)
         else:
             fields |= {"taps": 9, "pixels": self._pixels(x.size, out.size, stride, 3, padding, int(doubled))}
-            self._add(CONVOLVE, x, out, weight=self.library.pack(weight), **fields)
+            self._add(CONVOLVE, x, out, weight=layer.panels, **fields)
 
     def normalise(
         self, x: Image, out: Image, scale: Floats, offset: Floats, *, groups: int, epsilon: float, silu: bool
@@ -386,9 +410,9 @@ class Runnable:
                     row[name] = value
 
     @property
-    def nbytes(self) -> int:
-        """Memory of weights and activations, bytes."""
-        return sum(array.nbytes for array in self._kept.values())
+    def arrays(self) -> Collection[NDArray[Any]]:
+        """Everything that it holds: activations first, weights, tables."""
+        return self._kept.values()
 
     def bind(self, **arrays: Floats) -> None:
         """Read ``sample`` and ``features`` and write ``output`` of the caller's, which keeps them, from now on."""

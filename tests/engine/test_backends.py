@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ddsm_engine.backends import BACKENDS, choose_backend, device_of, engine_target, open_engine
+from ddsm_engine.backends import (
+    BACKENDS,
+    choose_backend,
+    device_of,
+    engine_target,
+    installed_backends,
+    open_engine,
+    open_engines,
+)
 from ddsm_engine.backends.engine import EngineOptions
+from ddsm_engine.backends.native import NativeEngine
 from ddsm_engine.backends.onnxruntime import OnnxRuntimeEngine
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.errors import BackendError
+from ddsm_engine.parity import answer, make_probes
 from tests.conftest import CONFIG, STATE, TINY
 from tests.oracle.dynamic_unet import dynamic_unet
 from tests.tolerances import FORWARD
@@ -96,6 +107,37 @@ def test_an_engine_reads_and_writes_the_bound_arrays_in_place(backend: str, bund
     assert np.isfinite(first).all()
     assert not np.array_equal(first, second)
     assert np.array_equal(first, out), "the same input gives the same bits"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_native_engines_opened_together_share_their_weights_and_answer_as_alone(batch: int, bundle: Bundle) -> None:
+    probe = make_probes(TINY, bundle.time_table(bundle.full), (batch,))
+    together = open_engines("native", bundle, bundle.manifest.variants, batch, FP32)
+    assert all(isinstance(engine, NativeEngine) for engine in together.values())
+    for variant in bundle.manifest.variants:
+        alone = answer(lambda size, v=variant: open_engine("native", bundle, v, size, FP32), probe)  # type: ignore[misc]
+        assert np.array_equal(alone[0], answer(lambda size, v=variant: together[v.id], probe)[0])  # type: ignore[misc]
+    held = [
+        {id(array): array.nbytes for array in engine.network.arrays}
+        for engine in open_engines("native", bundle, bundle.manifest.variants, batch, FP32).values()
+        if isinstance(engine, NativeEngine)
+    ]
+    all_seven = sum({key: size for of_engine in held for key, size in of_engine.items()}.values())
+    assert all_seven < 0.7 * sum(sum(of_engine.values()) for of_engine in held)
+
+
+def test_native_weights_of_another_network_are_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    wider = replace(TINY, base_channels=2 * TINY.base_channels)
+    monkeypatch.setattr(Bundle, "spec", lambda self, variant: wider)
+    with pytest.raises(BackendError, match="does not hold the weights of this supernet; export the bundle again"):
+        open_engine("native", bundle, replace(bundle.full, width=wider.base_channels), 1, FP32)
+
+
+def test_without_a_compiler_there_is_no_native_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "native" not in installed_backends()
+    with pytest.raises(BackendError, match="the backend native is not installed: sudo apt-get install g\\+\\+"):
+        open_engine("native", bundle, bundle.full, 1, FP32)
 
 
 @pytest.mark.parametrize(

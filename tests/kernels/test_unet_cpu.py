@@ -19,6 +19,7 @@ from ddsm_kernels.unet_cpu import (
     WINOGRAD,
     CompilerError,
     Image,
+    Layer,
     Library,
     Memory,
     Program,
@@ -58,7 +59,7 @@ class Bench:
     def run(self, *found: Image) -> list[Floats]:
         """Fill what was given, run, and read as [B, C, H, W]."""
         runnable = self.program.finish()
-        memory = next(iter(runnable._kept.values()))
+        memory = next(iter(runnable.arrays))
 
         def view(image: Image) -> Floats:
             pixels = self.batch * image.size**2
@@ -80,14 +81,18 @@ def as_double(array: Floats) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(("columns", "n"), [(16, 16), (40, 24), (12, 20), (9, 8), (64, 48), (3, 17)])
 @pytest.mark.parametrize("size", [4, 8, 14])
-def test_a_convolution_with_all_that_may_follow_it(batch: int, columns: int, n: int, size: int) -> None:
+@pytest.mark.parametrize("wider_by", [0, 11])
+def test_a_convolution_with_all_that_may_follow_it(batch: int, columns: int, n: int, size: int, wider_by: int) -> None:
     bench = Bench(batch)
     x, weight, bias = normal(batch, n, size, size), normal(columns, n, 3, 3), normal(columns)
     residual, shift = normal(batch, columns, size, size), normal(batch, columns, 1, 1)
     neighbours = normal(batch, columns + 5, size, size)
     out = bench.image(neighbours)
+    wider = normal(columns + wider_by, n + wider_by, 3, 3)
+    wider[:columns, :n] = weight
+    layer = Layer(library(), wider)
     bench.program.convolve(
-        bench.image(x, before=3, behind=4), out.part(2, columns), weight, bias,
+        bench.image(x, before=3, behind=4), out.part(2, columns), layer, bias,
         residual=bench.image(residual, before=1), shift=bench.image(shift, behind=2), silu=True,
     )  # fmt: skip
     tiles = batch * (-(-size // 4)) ** 2
@@ -105,7 +110,7 @@ def test_every_pixel_may_be_read_as_four(size: int) -> None:
     bench = Bench()
     x, weight, bias = normal(2, 16, size, size), normal(24, 16, 3, 3), normal(24)
     out = bench.program.image(24, 2 * size)
-    bench.program.convolve(bench.image(x), out, weight, bias, doubled=True)
+    bench.program.convolve(bench.image(x), out, Layer(library(), weight), bias, doubled=True)
     (found,) = bench.run(out)
     doubled = F.interpolate(as_double(x), scale_factor=2.0, mode="nearest")
     assert error(found, F.conv2d(doubled, as_double(weight), as_double(bias), padding=1)) < TOLERANCE
@@ -116,7 +121,7 @@ def test_a_stride_of_two_pads_on_both_sides_or_behind(padding: int) -> None:
     bench = Bench()
     x, weight, bias = normal(2, 16, 8, 8), normal(16, 16, 3, 3), normal(16)
     out = bench.program.image(16, 4)
-    bench.program.convolve(bench.image(x), out, weight, bias, stride=2, padding=padding)
+    bench.program.convolve(bench.image(x), out, Layer(library(), weight), bias, stride=2, padding=padding)
     (found,) = bench.run(out)
     padded = F.pad(as_double(x), (padding, 1, padding, 1))
     assert error(found, F.conv2d(padded, as_double(weight), as_double(bias), stride=2)) < TOLERANCE
@@ -126,7 +131,7 @@ def test_a_product_of_pixels_may_be_added_to_itself() -> None:
     bench = Bench()
     x, y, weight, bias = normal(2, 20, 5, 5), normal(2, 12, 5, 5), normal(12, 20), normal(12)
     out = bench.image(y)
-    bench.program.convolve(bench.image(x), out, weight, bias, residual=out)
+    bench.program.convolve(bench.image(x), out, Layer(library(), weight), bias, residual=out)
     (found,) = bench.run(out)
     assert error(found, F.conv2d(as_double(x), as_double(weight)[:, :, None, None], as_double(bias)) + as_double(y)) < (
         TOLERANCE
@@ -170,7 +175,9 @@ def test_activations_saturate_and_pass_on_what_is_not_a_number() -> None:
     values = np.array([0, -0.0, 1e-30, 5, -5, 80, -80, 1e4, -1e4, 3e38, -3e38, np.inf, np.nan], np.float32)
     bench = Bench(1)
     out = bench.program.image(13, 1)
-    bench.program.convolve(bench.image(normal(1, 1, 1, 1)), out, np.zeros((13, 1), np.float32), values, silu=True)
+    bench.program.convolve(
+        bench.image(normal(1, 1, 1, 1)), out, Layer(library(), np.zeros((13, 1), np.float32)), values, silu=True
+    )
     (found,) = bench.run(out)
     expected = F.silu(torch.from_numpy(values).double()).numpy()
     assert np.isnan(found[0, -1, 0, 0])
@@ -181,7 +188,7 @@ def test_the_caller_s_planes_are_read_and_written() -> None:
     program = Program(library(), 3, 2)
     x, weight, bias = normal(3, 2, 6, 6), normal(4, 2, 3, 3), normal(4)
     out = program.image(4, 6)
-    program.convolve(program.gather(2, 6), out, weight.reshape(4, -1), bias)
+    program.convolve(program.gather(2, 6), out, Layer(library(), weight.reshape(4, -1)), bias)
     program.scatter(out)
     y = np.full((3, 4, 6, 6), np.nan, np.float32)
     runnable = program.finish()
@@ -196,7 +203,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     for threads in (1, 2, 3, 7):
         bench = Bench(2, threads)
         out, normed, attended = (bench.program.image(n, 16) for n in (40, 40, 8))
-        bench.program.convolve(bench.image(x), out, weight, bias)
+        bench.program.convolve(bench.image(x), out, Layer(library(), weight), bias)
         bench.program.normalise(out, normed, bias, bias, groups=4, epsilon=1e-5, silu=True)
         bench.program.attend(normed.part(1, 24), attended, 1)
         answers.append(bench.run(normed, attended))
