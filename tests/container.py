@@ -61,7 +61,9 @@ def execute(text: str, wheel: Path, venv: Path, bundle: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     ours = {name: os.environ[name] for name in os.environ if name.startswith("PIP_")}
     theirs = {name: here(value, root) for name, value in environment(steps).items()}
-    values = {**ours, **theirs, "PATH": f"{venv / 'bin'}:/usr/bin:/bin", "TMPDIR": str(root / "tmp")}
+    # The image has no compiler, and the folders of this machine's other programs may have one.
+    found = {"PATH": f"{venv / 'bin'}:/usr/bin:/bin", "CXX": "none", "TMPDIR": str(root / "tmp")}
+    values = {**ours, **theirs, **found}
     mount(root, bundle)
     build(steps, wheel, root, values)
 

@@ -223,7 +223,7 @@ void winograd(const Operation& op, Team team) {
   // The 36 points of a tile lie in different sets of a cache: one line more than a multiple of a page apart.
   const int64_t point = round_up(op.block * C, 1024) + 16, out_point = round_up(op.block * columns, 1024) + 16;
   const int64_t of_point = op.packed_channels * round_up(op.packed_columns, LANES);
-  float* const transformed = op.scratch;                 // 36 x [block, C]
+  float* const transformed = op.scratch;            // 36 x [block, C]
   float* const products = op.scratch + 36 * point;  // 36 x [block, columns]
   for (int64_t t0 = 0; t0 < tiles; t0 += op.block) {
     const int64_t count = std::min(op.block, tiles - t0);
@@ -340,7 +340,7 @@ void normalise(const Operation& op, Team team) {
 void attend(const Operation& op, Team team) {
   const int64_t C = op.out_channels, D = C / op.heads, P = op.height * op.width;
   const int64_t keys = round_up(P, LANES), values = round_up(D, LANES), size = ROWS * 4;
-  float* const packed_keys = op.scratch;                                       // [batch, heads, panels, D, PANEL]
+  float* const packed_keys = op.scratch;                                      // [batch, heads, panels, D, PANEL]
   float* const packed_values = packed_keys + op.batch * op.heads * D * keys;  // [batch, heads, panels, P, PANEL]
   float* const scores = packed_values + op.batch * op.heads * P * values + team.thread * size * keys;
   const int64_t key_panels = panels_of(P), heads = op.batch * op.heads;

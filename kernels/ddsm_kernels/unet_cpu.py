@@ -34,6 +34,7 @@ COMPILE_S = 300
 LINE = 16
 """Numbers in a cache line: where parts of the memory begin."""
 PAGE = 1024
+"""Numbers between two points of a tile are a multiple of it and one line more, here and in the source."""
 TILE = 6
 """Winograd's F(4 x 4, 3 x 3) reads 6 x 6 pixels for 4 x 4."""
 LEAST_TILES = 12
