@@ -175,9 +175,10 @@ def spell_table(bundle: Bundle, table: LatencyTable, rows: Sequence[LatencyRow])
             f"{row.gflops_per_s:9.1f} {100 * row.gflops_per_s / table.peak_gflops:5.1f} % {row.expected_speedup:8.2f}x "
             f"{row.measured_speedup:8.2f}x"
         )
+    fewer = "; this backend multiplies less than is counted (Winograd)" if target["backend"] == "native" else ""
     lines.append(
         f"MFU is the share of this machine's measured matrix-product peak, {table.peak_gflops:.1f} GFLOP/s in "
-        f"{target['precision']}; medians of {rows[0].timing.repeats} calls in turns\n"
+        f"{target['precision']}{fewer}; medians of {rows[0].timing.repeats} calls in turns\n"
         "a swap: milliseconds more after another variant's call"
     )
     return "\n".join(lines)
