@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ddsm_engine.backends import open_engine
+from ddsm_engine.backends.engine import EngineOptions
 from ddsm_engine.backends.native import library
+from ddsm_engine.bundle import Bundle
+from ddsm_engine.parity import answer, distance, make_probes
 from ddsm_kernels.unet_cpu import (
     CONVOLVE,
+    FLAGS,
     WINOGRAD,
     CompilerError,
     Image,
@@ -26,6 +32,7 @@ from ddsm_kernels.unet_cpu import (
     compiler,
     source_version,
 )
+from tests.tolerances import FORWARD
 
 Floats = NDArray[np.float32]
 TOLERANCE = 2e-6
@@ -207,8 +214,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         bench.program.normalise(out, normed, bias, bias, groups=4, epsilon=1e-5, silu=True)
         bench.program.attend(normed.part(1, 24), attended, 1)
         answers.append(bench.run(normed, attended))
-    for answer in answers[1:]:
-        assert all(np.array_equal(one, other) for one, other in zip(answers[0], answer, strict=True))
+    for others in answers[1:]:
+        assert all(np.array_equal(one, other) for one, other in zip(answers[0], others, strict=True))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 200), st.integers(0, 1 << 16)), max_size=60))
@@ -231,6 +238,35 @@ def test_places_never_overlap_and_come_back(steps: list[tuple[bool, int, int]]) 
         memory.give_back(start)
     if size:
         assert memory.take(size) == 0, "all gaps are one again"
+
+
+OTHER_PROCESSORS = {
+    # What a processor with AVX-512, with NEON, or with SSE alone would compile, made for the one at hand.
+    "16 lanes": ("-D__AVX512F__",),
+    "4 lanes, 32 registers": ("-U__AVX2__", "-U__AVX512F__", "-D__aarch64__"),
+    "4 lanes": ("-U__AVX2__", "-U__AVX512F__"),
+}
+
+
+@pytest.mark.parametrize("flags", OTHER_PROCESSORS.values(), ids=OTHER_PROCESSORS)
+def test_vectors_of_other_processors_compute_the_same_networks(
+    flags: tuple[str, ...], bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Defining what a compiler defines itself is fine where no header reads it; -O1 compiles in half the time.
+    monkeypatch.setattr("ddsm_kernels.unet_cpu.FLAGS", ("-O1", *FLAGS[1:], *flags))
+    other = Library.compiled(tmp_path, "as others see it")
+    assert (other.lanes, other.rows) == (16, 12) if "-D__AVX512F__" in flags else (4, 6)
+    monkeypatch.setattr("ddsm_engine.backends.native.library", lambda: other)
+    options = EngineOptions(precision="fp32", threads=2)
+    for name in ("w012", "w028"):
+        variant = bundle.variants[name]
+        probes = make_probes(bundle.spec(variant), bundle.time_table(variant))
+        expected, found = (
+            answer(partial(open_engine, backend, bundle, variant, options=options), probes)
+            for backend in ("torch", "native")
+        )
+        for one, reference in zip(found, expected, strict=True):
+            assert distance(one, reference)[0] <= FORWARD["native"]
 
 
 # --- the compiler -----------------------------------------------------------------------------------------------------
