@@ -17,6 +17,7 @@ from ddsm_engine.backends import (
     choose_backend,
     device_of,
     engine_target,
+    prepare,
     reads,
 )
 from ddsm_engine.backends.engine import PRECISIONS, EngineOptions
@@ -132,7 +133,8 @@ def bench(arguments: argparse.Namespace) -> None:
 def choose_targets(backend: str | None, batches: Sequence[int], options: EngineOptions) -> list[Target]:
     """What is timed: every batch size on the backend asked for, or on every one installed here but the reference.
 
-    A backend that was not asked for by name and has not the precision is left out, which one line on stderr says.
+    A backend that was not asked for by name and has not the precision, or a compiler that works, is left out, which one
+    line on stderr says.
 
     Raises:
         BackendError: a backend or a precision that is not here.
@@ -143,6 +145,7 @@ def choose_targets(backend: str | None, batches: Sequence[int], options: EngineO
     targets: list[Target] = []
     for name in artefact_backends(options.device):
         try:
+            prepare(name)
             targets += [engine_target(name, options, batch) for batch in batches]
         except BackendError as error:
             print(f"leaving out {name}: {error}", file=sys.stderr)

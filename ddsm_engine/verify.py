@@ -17,6 +17,7 @@ from ddsm_engine.backends import (
     choose_backend,
     device_of,
     installed_backends,
+    prepare,
     reads,
 )
 from ddsm_engine.backends.engine import PRECISIONS, EngineOptions, Precision
@@ -205,6 +206,8 @@ def choose_engines(arguments: argparse.Namespace) -> tuple[Engines, list[Engines
     device = device_of(arguments.backend or REFERENCE, arguments.device)
     wanted = (choose_backend(arguments.backend, device),) if arguments.backend else installed
     backends = [name for name in wanted if name != REFERENCE or device != "cpu"]
+    if not arguments.backend:
+        backends = [name for name in backends if _is_usable(name)]
     if not backends:
         raise BackendError(f"no backend is installed that runs the bundle's artefacts: {INSTALL['onnxruntime']}")
     engines: list[Engines] = [
@@ -222,6 +225,16 @@ def choose_engines(arguments: argparse.Namespace) -> tuple[Engines, list[Engines
     if arguments.trajectory:
         raise BackendError(f"--trajectory compares with a run of {WEIGHTS} in torch: {INSTALL[REFERENCE]}")
     return engines[0], engines[1:]
+
+
+def _is_usable(backend: str) -> bool:
+    """Whether it can be prepared; one line on stderr says why not."""
+    try:
+        prepare(backend)
+    except BackendError as error:
+        print(f"leaving out {backend}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def offered_precisions(backend: str) -> tuple[Precision, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddsm_engine.backends.native import library
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.noise_schedule import NoiseSchedule
 from ddsm_engine.strategy import Strategy
@@ -97,6 +98,16 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
     assert not list(cache.glob("ddsm-engine/engines/*/*")), "a test left engines in the folder that all tests share"
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A C++ compiler that is there and fails, and no kernels of before."""
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 Refusal = Callable[..., str]

@@ -114,6 +114,18 @@ def choose_backend(name: str, device: str) -> str:
     return name
 
 
+def prepare(backend: str) -> None:
+    """Do once what a backend needs before any engine: compile our own kernels, which shows whether the compiler works.
+
+    Raises:
+        BackendError: it cannot be done.
+    """
+    if backend == "native":
+        from ddsm_engine.backends.native import library
+
+        library()
+
+
 def open_device(backend: str) -> Device:
     """A stream on the GPU.
 

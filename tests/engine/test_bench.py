@@ -122,6 +122,15 @@ def test_a_backend_without_the_precision_is_left_out_with_a_word(
     assert capsys.readouterr().err.startswith("leaving out onnxruntime: ONNX Runtime has no bf16")
 
 
+def test_our_kernels_are_left_out_where_the_compiler_does_not_work(
+    path: Path, measured: Measured, capsys: Capture, broken_compiler: None
+) -> None:
+    options = [str(path), "--batch-size", "1", "--precision", "fp32"]
+    assert bench.main(options) == 0
+    assert [entry[0] for entry in measured] == ["openvino", "peak", "onnxruntime"]
+    assert "leaving out native: the native backend has no kernels: false cannot compile" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("asked", "timed"), [("auto", "openvino"), ("torch", "torch")])
 def test_one_backend_is_timed_where_one_is_asked_for(path: Path, measured: Measured, asked: str, timed: str) -> None:
     assert bench.main([str(path), "--backend", asked, "--batch-size", "4"]) == 0

@@ -243,6 +243,16 @@ def test_an_artefact_of_another_variant_is_named_after_the_whole_table(
     assert "Export the bundle again" in line
 
 
+def test_our_kernels_are_left_out_where_the_compiler_does_not_work(
+    pair: Path, capsys: Capture, refusal: Refusal, broken_compiler: None
+) -> None:
+    assert verify.main([str(pair), "--threads", "1", "--precision", "fp32"]) == 0
+    out, error = capsys.readouterr()
+    assert {row[1] for row in table(out)} == {"openvino", "onnxruntime"}
+    assert error.startswith("leaving out native: the native backend has no kernels: false cannot compile")
+    assert "has no kernels" in refusal(verify.main, pair, "--backend", "native", "--threads", 1)
+
+
 def test_the_worst_offender_is_named(pair: Path, refusal: Refusal) -> None:
     add_to_bias(pair / NARROW, 1e-3)
     add_to_bias(pair / WIDE, 1e-1)
