@@ -80,6 +80,17 @@ def artefact_precision(options: EngineOptions, variant: Variant) -> str:
     return variant.precision
 
 
+def fp32_alone(options: EngineOptions, refusal: str) -> str:
+    """What a library computes in that has nothing else.
+
+    Raises:
+        BackendError: another precision was asked for; it says ``refusal``.
+    """
+    if options.precision not in ("auto", "fp32"):
+        raise BackendError(refusal)
+    return "fp32"
+
+
 def describe_target(backend: str, version: str, precision: str, options: EngineOptions, batch: int) -> Target:
     """Everything beside the model that the time of a call on a CPU depends on."""
     return {

@@ -4,6 +4,7 @@
 network of ``ddsm_engine.networks.unet``, whose names its weights have.
 """
 
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,14 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target, fp32_alone
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import Target, user_cache_folder
-from ddsm_engine.errors import BackendError
+from ddsm_engine.errors import BackendError, OutputError
+from ddsm_engine.files import atomic_path
 from ddsm_engine.measure.environment import cores, cpu
 from ddsm_engine.spec import UNetSpec
 from ddsm_engine.untrusted import TensorFile, one_line, open_safetensors, shapes_of
-from ddsm_kernels.unet_cpu import CompilerError, Floats, Image, Layer, Library, Program, Runnable, source_version
+from ddsm_kernels.unet_cpu import (
+    CompilerError,
+    Floats,
+    Image,
+    Layer,
+    Library,
+    Program,
+    Runnable,
+    compile_library,
+    file_name,
+    source_version,
+)
 
 
 @lru_cache(maxsize=1)
@@ -32,10 +45,29 @@ def library() -> Library:
     """
     model, features = cpu()
     try:
-        return Library.compiled(user_cache_folder() / "kernels", " ".join((model, *features)))
+        return load_library(user_cache_folder() / "kernels", " ".join((model, *features)))
     except CompilerError as error:
         why = one_line(error)
         raise BackendError(f"the native backend has no kernels: {why}; --backend openvino needs none") from error
+
+
+def load_library(folder: Path, processor: str) -> Library:
+    """Load what was compiled for a processor before, or compile it and keep it.
+
+    Where nothing can be kept, it is compiled again for the next process.
+
+    Raises:
+        CompilerError: it cannot be compiled or loaded.
+    """
+    kept = folder / file_name(processor)
+    if kept.is_file():
+        return Library(kept)
+    try:
+        with atomic_path(kept) as made:
+            return compile_library(made)
+    except (OSError, OutputError):
+        with tempfile.TemporaryDirectory(prefix="ddsm-") as temporary:
+            return compile_library(Path(temporary, kept.name))
 
 
 def resolve_precision(options: EngineOptions) -> str:
@@ -44,12 +76,10 @@ def resolve_precision(options: EngineOptions) -> str:
     Raises:
         BackendError: the precision is not there.
     """
-    if options.precision not in ("auto", "fp32"):
-        raise BackendError(
-            f"the native backend computes in fp32, found --precision {options.precision}; use --backend openvino for "
-            f"bf16"
-        )
-    return "fp32"
+    return fp32_alone(
+        options,
+        f"the native backend computes in fp32, found --precision {options.precision}; use --backend openvino for bf16",
+    )
 
 
 def target(options: EngineOptions, batch: int) -> Target:
@@ -293,13 +323,8 @@ class NativeEngine:
     def __init__(self, variant: Variant, batch: int, network: Runnable) -> None:
         """Take over what ``open_native`` made."""
         self._shapes = {t.name: t.at_batch(batch) for t in (*variant.inputs, *variant.outputs)}
-        self._network = network
+        self.network = network
         self._bound: list[NDArray[Any]] = []
-
-    @property
-    def network(self) -> Runnable:
-        """The finished program."""
-        return self._network
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> None:
         """Use these arrays from now on.
@@ -314,13 +339,13 @@ class NativeEngine:
                 raise BackendError(f"the network takes no {name} {list(array.shape)}; export the bundle again")
         self._bound = list(arrays.values())
         sample, features, output = (arrays[name] for name in ("sample", "time_features", "out_sample"))
-        self._network.bind(sample=sample, features=features, output=output)
+        self.network.bind(sample=sample, features=features, output=output)
 
     def run(self) -> None:
         """One forward pass."""
-        self._network.run()
+        self.network.run()
 
     def close(self) -> None:
         """Release the weights."""
         self._bound.clear()
-        del self._network
+        del self.network

@@ -10,7 +10,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target, fp32_alone
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
 from ddsm_engine.untrusted import one_line
@@ -33,11 +33,10 @@ def resolve_precision(options: EngineOptions) -> str:
     Raises:
         BackendError: the precision is not there.
     """
-    if options.precision not in ("auto", "fp32"):
-        raise BackendError(
-            f"ONNX Runtime has no {options.precision} arithmetic on a CPU; use --precision fp32 or --backend openvino"
-        )
-    return "fp32"
+    return fp32_alone(
+        options,
+        f"ONNX Runtime has no {options.precision} arithmetic on a CPU; use --precision fp32 or --backend openvino",
+    )
 
 
 def target(options: EngineOptions, batch: int) -> Target:

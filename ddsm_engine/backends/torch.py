@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target
+from ddsm_engine.backends.engine import Arrays, EngineOptions, describe_target, fp32_alone
 from ddsm_engine.bundle import Bundle, Variant
 from ddsm_engine.engine_cache import Target
 from ddsm_engine.errors import BackendError
@@ -49,12 +49,11 @@ def resolve_precision(options: EngineOptions) -> str:
     Raises:
         BackendError: the precision is not there.
     """
-    if options.precision not in ("auto", "fp32"):
-        raise BackendError(
-            f"the torch backend is the fp32 reference on a CPU, found --precision {options.precision}; use --backend "
-            f"openvino for bf16"
-        )
-    return "fp32"
+    return fp32_alone(
+        options,
+        f"the torch backend is the fp32 reference on a CPU, found --precision {options.precision}; use --backend "
+        f"openvino for bf16",
+    )
 
 
 def target(options: EngineOptions, batch: int) -> Target:

@@ -13,9 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -103,35 +101,6 @@ class Library:
         self._c = c
         self.lanes, self.rows = int(c.ddsm_lanes()), int(c.ddsm_rows())
 
-    @classmethod
-    def compiled(cls, folder: Path, processor: str) -> "Library":
-        """Load what was compiled before, or compile it and keep it.
-
-        Args:
-            folder: Where it is kept; where nothing can be written, it lives as long as the process.
-            processor: Name and features: what was compiled for one may not run on another.
-
-        Raises:
-            CompilerError: it cannot be compiled or loaded.
-        """
-        command = compiler()
-        if command is None:
-            raise CompilerError(f"found no C++ compiler ({', '.join(COMPILERS)}, or $CXX)")
-        identity = "\n".join([source_version(), *command, processor])
-        kept = folder / f"unet_cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-        if kept.is_file():
-            return cls(kept)
-        with tempfile.TemporaryDirectory(prefix="ddsm-") as temporary:
-            made = Path(temporary, kept.name)
-            _compile([*command, *FLAGS, str(SOURCE), "-o", str(made)])
-            library = cls(made)
-            with suppress(OSError):  # the next process compiles it again
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = folder / f"{kept.name}.{os.getpid()}"
-                shutil.copyfile(made, partial)
-                os.replace(partial, kept)
-        return library
-
     def pack(self, weight: Floats) -> Floats:
         """Weights [columns, n, taps…] as the panels that a product reads."""
         columns, n, *kernel = weight.shape
@@ -154,6 +123,36 @@ class Library:
     def padded(self, columns: int) -> int:
         """Columns of a product as they are stored: whole vectors."""
         return _up(columns, self.lanes)
+
+
+def compile_library(path: Path) -> Library:
+    """Compile the source into a file, and load it.
+
+    Raises:
+        CompilerError: there is no compiler, or what it makes cannot be loaded.
+    """
+    _compile([*_command(), *FLAGS, str(SOURCE), "-o", str(path)])
+    return Library(path)
+
+
+def file_name(processor: str) -> str:
+    """What the compiled source is kept as.
+
+    Args:
+        processor: Name and features: what was compiled for one may not run on another.
+
+    Raises:
+        CompilerError: there is no compiler.
+    """
+    identity = "\n".join([source_version(), *_command(), processor])
+    return f"unet_cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+
+
+def _command() -> list[str]:
+    command = compiler()
+    if command is None:
+        raise CompilerError(f"found no C++ compiler ({', '.join(COMPILERS)}, or $CXX)")
+    return command
 
 
 def _compile(command: list[str]) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddsm_engine.backends import open_engine
 from ddsm_engine.backends.engine import EngineOptions
-from ddsm_engine.backends.native import library
+from ddsm_engine.backends.native import library, load_library
 from ddsm_engine.bundle import Bundle
 from ddsm_engine.parity import answer, distance, make_probes
 from ddsm_kernels.unet_cpu import (
@@ -254,7 +254,7 @@ def test_vectors_of_other_processors_compute_the_same_networks(
 ) -> None:
     # Defining what a compiler defines itself is fine where no header reads it; -O1 compiles in half the time.
     monkeypatch.setattr("ddsm_kernels.unet_cpu.FLAGS", ("-O1", *FLAGS[1:], *flags))
-    other = Library.compiled(tmp_path, "as others see it")
+    other = load_library(tmp_path, "as others see it")
     assert (other.lanes, other.rows) == (16, 12) if "-D__AVX512F__" in flags else (4, 6)
     monkeypatch.setattr("ddsm_engine.backends.native.library", lambda: other)
     options = EngineOptions(precision="fp32", threads=2)
@@ -283,11 +283,11 @@ def test_what_was_compiled_is_kept_for_one_processor(tmp_path: Path, monkeypatch
     library()
     monkeypatch.setattr("ddsm_kernels.unet_cpu._compile", pretend)
     for processor, compiled in (("one", 1), ("one", 1), ("another", 2)):
-        assert Library.compiled(tmp_path / "kernels", processor).lanes == library().lanes
+        assert load_library(tmp_path / "kernels", processor).lanes == library().lanes
         assert len(made) == compiled
     assert len(list((tmp_path / "kernels").iterdir())) == 2
     (tmp_path / "file").write_text("")
-    assert Library.compiled(tmp_path / "file", "one").rows == library().rows, "kept nowhere, used all the same"
+    assert load_library(tmp_path / "file", "one").rows == library().rows, "kept nowhere, used all the same"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_compiler_that_does_not_work_is_named(
     monkeypatch.setenv("CXX", cxx)
     assert (compiler() is None) == (cxx == "no-such-compiler")
     with pytest.raises(CompilerError, match=message):
-        Library.compiled(tmp_path, "x")
+        load_library(tmp_path, "x")
     assert not list(tmp_path.iterdir())
 
 
